@@ -1,0 +1,1 @@
+"""The mathematics of RLHF: functions of tensors, nothing else."""

@@ -1,0 +1,44 @@
+"""Statistics over the positions that a mask keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), detached scalars: what adds up over micro-batches and ranks."""
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x where mask is True, whatever stands elsewhere; both [...]."""
+    return torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask is True; 0 where nothing is."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Biased variance of x where mask is True."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """x to mean 0 and (biased) variance 1 over the True positions, 0 elsewhere (Ziegler et al. 2019's whitening)."""
+    return torch.where(mask, (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + eps), 0.0)
+
+
+def rescale(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """x to (biased) variance 1 over the True positions with its mean kept, 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(masked_variance(x, mask) + eps) + mean, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the True positions: 1 is a perfect critic, 0 a constant one.
+
+    Where the returns do not vary at all there is nothing to explain and the answer is 0.
+    """
+    total = masked_variance(returns, mask)
+    return torch.where(total > 0, 1 - masked_variance(returns - values, mask) / total.clamp(min=1e-30), 0.0)

@@ -1,0 +1,1 @@
+"""Text in: tokenizers, validated records, token rows, orders without replacement, the pretraining stream, collation."""

@@ -1,0 +1,119 @@
+"""A model under its layout: log-probabilities, values and scores of a whole batch, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Rows
+from megarlhf.engine.batching import micro_batch_rows
+from megarlhf.engine.schedule import run_schedule
+from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
+from megarlhf.parallel.collectives import gather_rows
+from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.vocab import vocab_parallel_logprobs
+
+
+class Engine:
+    """Forward passes of one model, frozen or trained.
+
+    The global batch is replicated: each data-parallel copy computes its share and the results are gathered, so that
+    models of different layouts meet without any dispatch, and results do not depend on the layout.
+    """
+
+    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, temperature: float = 1.0) -> None:
+        self.spec = spec
+        self.groups = groups
+        self.micro_batch_size = micro_batch_size
+        self.temperature = temperature
+        """What logits are divided by, wherever log-probabilities are taken: that of the sampling."""
+        self.transformers: list[Transformer] = build_model(spec, groups)
+        self.chunks: list = list(self.transformers)
+        """What the schedule runs: the transformers, or their data-parallel wrappers."""
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Canonical name -> this rank's shard."""
+        return named_parameters(self.transformers, self.groups)
+
+    def logprobs(self, batch: Rows, positions: Tensor) -> Tensor:
+        """log pi(tokens[:, t + 1] | tokens[:, : t + 1]) where `positions` [batch, seq - 1] is True, 0 elsewhere.
+
+        Returns: [batch, seq - 1] float32 on the host.
+        """
+        return self._forward(batch, "logprobs", positions)
+
+    def values(self, batch: Rows, positions: Tensor) -> Tensor:
+        """The scalar head at position t, where `positions` [batch, seq - 1] is True, 0 elsewhere; [batch, seq - 1] float32."""
+        return self._forward(batch, "values", positions)
+
+    def scores(self, batch: Rows) -> Tensor:
+        """The scalar head at the last token of each row: [batch] float32 on the host."""
+        return self._forward(batch, "scores", None)
+
+    @torch.no_grad()
+    def _forward(self, batch: Rows, output: str, positions: Tensor | None) -> Tensor:
+        for chunk in self.chunks:
+            chunk.eval()
+        shares = micro_batch_rows(batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
+        mine = padded_share(shares[self.groups.coordinates.dp], self.groups)
+        pieces = [batch.rows(index) for index in mine]
+
+        def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+            index, piece = mine[number], pieces[number]
+            loss = torch.zeros((), device=hidden.device)
+            if number >= len(shares[self.groups.coordinates.dp]):
+                return loss, None
+            wanted = None if positions is None else positions[index][:, : piece.tokens.shape[1] - 1]
+            return loss, (index, self.output(model, hidden, piece, output, wanted))
+
+        results = run_schedule(self.transformers, self.groups, [piece.tokens for piece in pieces], compute, backward=False)
+        return self._gathered([result for result in results if result is not None], batch, output)
+
+    def _gathered(self, results: list[tuple[Tensor, Tensor]], batch: Rows, output: str) -> Tensor:
+        tail = () if output == "scores" else (batch.tokens.shape[1] - 1,)
+        index = torch.cat([rows for rows, _ in results]) if results else torch.zeros(0, dtype=torch.int64)
+        computed = torch.zeros(len(index), *tail, device=self.groups.device)
+        start = 0
+        for rows, values in results:
+            if output == "scores":
+                computed[start : start + len(rows)] = values
+            else:
+                computed[start : start + len(rows), : values.shape[1]] = values
+            start += len(rows)
+        return gather_rows(computed, index.to(computed.device), batch.num_rows, self.groups).cpu()
+
+    def output(self, model: Transformer, hidden: Tensor, piece: Rows, output: str, positions: Tensor | None) -> Tensor:
+        """One micro-batch's output from the last hidden states [seq, rows, h]: see `Loss.output` for the shapes."""
+        if output == "logprobs":
+            return self._logprobs_at(model, hidden, piece.tokens.to(hidden.device), positions.to(hidden.device))
+        values = model.scalars(hidden)  # [rows, seq]
+        if output == "scores":
+            return values.gather(1, (piece.lengths - 1).to(values.device).unsqueeze(1)).squeeze(1)
+        return torch.where(positions.to(values.device), values[:, : piece.tokens.shape[1] - 1], 0.0)
+
+    def _logprobs_at(self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[rows, seq - 1]; only the wanted positions pass through the vocabulary."""
+        whole = model.full_hidden(hidden).transpose(0, 1)  # [rows, seq, h]
+        chosen = whole[:, : tokens.shape[1] - 1][positions]  # [wanted, h]
+        logprobs = vocab_parallel_logprobs(
+            model.logits(chosen),
+            tokens[:, 1:][positions],
+            vocab_size=self.spec.architecture.vocab_size,
+            tp=self.groups.tp,
+            temperature=self.temperature,
+        )
+        return torch.zeros(positions.shape, device=hidden.device).masked_scatter(positions, logprobs)
+
+
+def padded_share(micro_batches: Sequence[Tensor], groups: ModelGroups) -> list[Tensor]:
+    """A copy's micro-batches, and idle ones (row 0, whose result is dropped) where the schedule needs more.
+
+    Every copy runs at least one; interleaved stages run a multiple of pp.
+    """
+    needed = max(1, len(micro_batches))
+    if groups.layout.virtual_pp > 1:
+        needed += -needed % groups.layout.pp
+    idle = torch.zeros(1, dtype=torch.int64)
+    return [*micro_batches, *([idle] * (needed - len(micro_batches)))]

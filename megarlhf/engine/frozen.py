@@ -1,0 +1,28 @@
+"""A model whose weights never change: the reference policy and the reward model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from megarlhf.engine.engine import Engine
+from megarlhf.models.transformer import ModelSpec
+from megarlhf.parallel.groups import ModelGroups
+
+
+class FrozenEngine(Engine):
+    """Forward passes only: no gradients, no gradient buffers, no optimizer state."""
+
+    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, temperature: float = 1.0) -> None:
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, temperature=temperature)
+        for transformer in self.transformers:
+            transformer.requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """A hash of this rank's weights, by which a run proves that they never changed."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in sorted(self.parameters().items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""megatron's distributed optimizer, one step at a time, and its shards by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from megarlhf.models.parameters import counts_here, shards_held
+from megarlhf.models.transformer import ModelSpec, Transformer, named_parameters
+from megarlhf.parallel.collectives import sum_over_world
+from megarlhf.parallel.groups import ModelGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """AdamW's constants (Ouyang et al. 2022, Appendix C: betas 0.9 and 0.95)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled, not applied to biases and norms."""
+    clip_grad: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+    initial_loss_scale: float = 2.0**16
+    """fp16 only; doubles after 1000 clean steps, halves on overflow."""
+
+
+@dataclass(frozen=True)
+class MasterShard:
+    """The part of one parameter that this rank's optimizer updates, in float32."""
+
+    parameter: torch.nn.Parameter
+    main: Tensor
+    """[n] float32: the master weights (a view of the parameter where that is float32 itself)."""
+    start: int
+    """Where the shard starts in the flattened parameter."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global L2 norm before clipping; not finite where the step was skipped for that."""
+    skipped: bool
+    """The gradients were not finite: no weight changed."""
+    loss_scale: float
+
+
+class Optimizer:
+    """AdamW with float32 master weights and moments sharded over data-parallel ranks (ZeRO-1)."""
+
+    def __init__(self, transformers: list[Transformer], spec: ModelSpec, groups: ModelGroups, settings: AdamSettings) -> None:
+        self.groups = groups
+        self.settings = settings
+        self.updates = 0
+        """Updates made (steps that were not skipped): Adam's step in its bias correction."""
+        tied = spec.architecture.tied_embeddings and spec.head == "lm"
+        collection = groups.collection(tied_embeddings=tied)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False)
+        self.chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=0.0,  # clipped in `step`, in one pass over all tensors
+            bf16=spec.precision == "bf16",
+            fp16=spec.precision == "fp16",
+            initial_loss_scale=settings.initial_loss_scale,
+            params_dtype=transformers[0].config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        made = get_megatron_optimizer(config, self.chunks, pg_collection=collection, use_gloo_process_groups=False)
+        chained = getattr(made, "chained_optimizers", [made])
+        assert len(chained) == 1
+        self.megatron = chained[0]
+        for group in self.megatron.param_groups:
+            if isinstance(self.adam, torch.optim.AdamW):
+                group["fused"] = True
+        held = shards_held(spec.architecture, spec.head, groups.layout, groups.coordinates)
+        self._in_norm = {
+            parameter
+            for name, parameter in named_parameters(transformers, groups).items()
+            if counts_here(held[name], spec.architecture, spec.head, groups.layout, groups.coordinates)
+        }
+        """Parameters that this rank brings into the gradient norm, so that each element counts once over the ranks of a copy."""
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer under megatron's: torch's AdamW, or Transformer Engine's or Apex's fused one where installed."""
+        return self.megatron.optimizer
+
+    def zero_grad(self) -> None:
+        """Clear gradients before a step's backward passes."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the current loss scale."""
+        return self.megatron.scale_loss(loss)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> UpdateResult:
+        """Clip, update the master weights and gather the parameters; skipped on every rank where any gradient is not finite."""
+        for group in self.megatron.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
+        overflow = self.megatron.prepare_grads()
+        scale = float(self.megatron.get_loss_scale())
+        norm = self._grad_norm()
+        if overflow or not math.isfinite(norm):
+            return UpdateResult(grad_norm=norm, skipped=True, loss_scale=scale)
+        clip = self.settings.clip_grad
+        if clip is not None and norm > clip:
+            torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
+        self.megatron.step_with_ready_grads()
+        self.updates += 1
+        return UpdateResult(grad_norm=norm, skipped=False, loss_scale=scale)
+
+    def _grad_norm(self) -> float:
+        grads = [shard.main.grad for shard in self.shards() if shard.parameter in self._in_norm]
+        norms = torch._foreach_norm(grads) if grads else []
+        square = torch.stack([norm.double() ** 2 for norm in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
+        return float(sum_over_world(square.reshape(1).to(self.groups.device), self.groups)) ** 0.5
+
+    def shards(self) -> Iterator[MasterShard]:
+        """Every shard that this rank updates."""
+        m = self.megatron
+        pairs = [(m.model_float16_groups, m.shard_fp32_from_float16_groups), (m.model_fp32_groups, m.shard_fp32_groups)]
+        for parameter_groups, main_groups in pairs:
+            for parameters, mains in zip(parameter_groups, main_groups, strict=True):
+                for parameter, main in zip(parameters, mains, strict=True):
+                    yield MasterShard(parameter, main, m._get_model_param_range_map(parameter)["param"].start)
+
+    def moments(self) -> dict[torch.nn.Parameter, tuple[Tensor, Tensor]]:
+        """Parameter -> Adam's first and second moments [n] of this rank's shard; zeros before the first update."""
+        state = self.adam.state
+        nothing: dict[str, Tensor] = {}
+        return {
+            shard.parameter: tuple(
+                state.get(shard.main, nothing).get(key, torch.zeros_like(shard.main)) for key in ("exp_avg", "exp_avg_sq")
+            )
+            for shard in self.shards()
+        }
+
+    @torch.no_grad()
+    def restore(self, moments: dict[torch.nn.Parameter, tuple[Tensor, Tensor]], *, updates: int) -> None:
+        """Set Adam's state from a checkpoint.
+
+        torch's AdamW counts updates per tensor; Transformer Engine's and Apex's fused Adam count them per group.
+        """
+        self.updates = updates
+        counts_per_tensor = isinstance(self.adam, torch.optim.AdamW)
+        for shard in self.shards():
+            first, second = (moment.to(shard.main.device).view(shard.main.shape).clone() for moment in moments[shard.parameter])
+            state = {"exp_avg": first, "exp_avg_sq": second}
+            if counts_per_tensor:
+                state["step"] = torch.tensor(float(updates), device=shard.main.device)
+            self.adam.state[shard.main] = state
+        if not counts_per_tensor:
+            for group in self.megatron.param_groups:
+                group["step"] = updates
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Cast the master weights into the parameters and gather them over data-parallel ranks."""
+        self.megatron._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def adopt_parameters(self) -> None:
+        """Set the master weights from the parameters, after these were initialised or loaded."""
+        self.megatron.reload_model_params()

@@ -1,0 +1,134 @@
+"""Objectives as terms: what a model is trained on is a weighted sum of losses over batches.
+
+PPO-ptx is ``[Term("policy", PolicyLoss(...), minibatch), Term("ptx", LanguageModelLoss(), texts, weight=27.8)]``: the
+micro-batches of both go through one schedule call into the same gradient buffers, and one optimizer step follows
+(Ouyang et al. 2022, Appendix C.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from megarlhf.algorithms.language_model import language_model_loss
+from megarlhf.algorithms.masked import Stats
+from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
+from megarlhf.algorithms.ranking import count_prompts, ranking_loss
+from megarlhf.batch import Experience, RankingBatch, Rows, TextBatch
+
+Output = Literal["logprobs", "values", "scores"]
+
+
+class Loss(Protocol):
+    """A loss that is a sum over what counts, divided once by the global count."""
+
+    output: ClassVar[Output]
+    """What the loss reads of the model: logprobs or values [batch, seq - 1], or scores [batch]."""
+    stats: ClassVar[tuple[str, ...]]
+    """Names of the statistics that come with the sum."""
+
+    def count(self, batch: Rows) -> int:
+        """The divisor: how many tokens (or prompts) of the whole batch count."""
+        ...
+
+    def positions(self, batch: Rows) -> Tensor | None:
+        """[batch, seq - 1] bool: positions whose output is needed; None for scores."""
+        ...
+
+    def __call__(self, output: Tensor, batch: Rows) -> tuple[Tensor, Stats]:
+        """(loss summed over what counts in this micro-batch, statistics)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss over one (global, replicated) batch, and its weight in the objective."""
+
+    name: str
+    loss: Loss
+    batch: Rows
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The clipped surrogate objective (Schulman et al. 2017, equation 7), token mean over the responses."""
+
+    clip: float
+    output: ClassVar[Output] = "logprobs"
+    stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "approx_kl", "ratio")
+
+    def count(self, batch: Experience) -> int:
+        """Response tokens."""
+        return int(batch.response_mask.sum())
+
+    def positions(self, batch: Experience) -> Tensor:
+        """The responses."""
+        return batch.response_mask
+
+    def __call__(self, output: Tensor, batch: Experience) -> tuple[Tensor, Stats]:
+        """See `clipped_policy_loss`."""
+        return clipped_policy_loss(output, batch.old_logprobs, batch.advantages, batch.response_mask, clip=self.clip)
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The clipped value loss (Ziegler et al. 2019's code), token mean over the responses."""
+
+    clip: float | None
+    output: ClassVar[Output] = "values"
+    stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "error", "returns", "values")
+
+    def count(self, batch: Experience) -> int:
+        """Response tokens."""
+        return int(batch.response_mask.sum())
+
+    def positions(self, batch: Experience) -> Tensor:
+        """The responses."""
+        return batch.response_mask
+
+    def __call__(self, output: Tensor, batch: Experience) -> tuple[Tensor, Stats]:
+        """See `clipped_value_loss`."""
+        return clipped_value_loss(output, batch.old_values, batch.returns, batch.response_mask, clip=self.clip)
+
+
+@dataclass(frozen=True)
+class LanguageModelLoss:
+    """Negative log-likelihood per token."""
+
+    output: ClassVar[Output] = "logprobs"
+    stats: ClassVar[tuple[str, ...]] = ("nll",)
+
+    def count(self, batch: TextBatch) -> int:
+        """Tokens in the loss."""
+        return int(batch.loss_mask.sum())
+
+    def positions(self, batch: TextBatch) -> Tensor:
+        """The tokens in the loss."""
+        return batch.loss_mask
+
+    def __call__(self, output: Tensor, batch: TextBatch) -> tuple[Tensor, Stats]:
+        """See `language_model_loss`."""
+        return language_model_loss(output, batch.loss_mask)
+
+
+@dataclass(frozen=True)
+class RankingLoss:
+    """The K-wise comparison loss (Ouyang et al. 2022, equation 1), mean over prompts."""
+
+    output: ClassVar[Output] = "scores"
+    stats: ClassVar[tuple[str, ...]] = ("accuracy", "score_gap")
+
+    def count(self, batch: RankingBatch) -> int:
+        """Prompts."""
+        return int(count_prompts(batch.prompt_index))
+
+    def positions(self, batch: RankingBatch) -> None:
+        """Scores are read at the last token of each completion."""
+        return None
+
+    def __call__(self, output: Tensor, batch: RankingBatch) -> tuple[Tensor, Stats]:
+        """See `ranking_loss`."""
+        return ranking_loss(output, batch.ranks, batch.prompt_index)

@@ -1,0 +1,139 @@
+"""A model that is trained: terms in, one optimizer step out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Rows
+from megarlhf.engine.batching import micro_batch_rows
+from megarlhf.engine.ema import ExponentialMovingAverage
+from megarlhf.engine.engine import Engine, padded_share
+from megarlhf.engine.optimizer import AdamSettings, Optimizer
+from megarlhf.engine.schedule import run_schedule, sum_gradients
+from megarlhf.engine.terms import Term
+from megarlhf.models.transformer import ModelSpec, Transformer
+from megarlhf.parallel.collectives import sum_over_copies
+from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.seed import seed_dropout
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw and did, the same on every rank."""
+
+    losses: dict[str, float]
+    """Term name -> its loss (sum over the global count, before its weight)."""
+    stats: dict[str, tuple[float, float]]
+    """"term/statistic" -> (sum, count) over the whole batch."""
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    term: Term
+    batch: Rows | None
+    """One micro-batch of the term; None for an idle one."""
+    divisor: int
+
+
+class TrainEngine(Engine):
+    """Forward passes, and optimizer steps over any sum of terms."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: ModelGroups,
+        *,
+        micro_batch_size: int,
+        adam: AdamSettings,
+        seed: int,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, temperature=temperature)
+        self.seed = seed
+        self.steps = 0
+        """Optimizer steps taken or skipped so far; keys the dropout noise."""
+        self.optimizer = Optimizer(self.transformers, spec, groups, adam)
+        self.chunks = self.optimizer.chunks
+        self.ema: ExponentialMovingAverage | None = None
+        for transformer in self.transformers:
+            transformer.config.finalize_model_grads_func = sum_gradients
+            transformer.config.grad_scale_func = self.optimizer.scale_loss
+
+    def start_ema(self, decay: float) -> None:
+        """Keep an average of the weights from here on (updated by the trainer)."""
+        self.ema = ExponentialMovingAverage(self.optimizer, decay=decay)
+
+    @torch.no_grad()
+    def shift_scores(self, delta: float) -> None:
+        """Add `delta` to every score this model will give: to the bias of its scalar head."""
+        names = {parameter: name for name, parameter in self.parameters().items()}
+        for shard in self.optimizer.shards():
+            if names[shard.parameter] == "scalar_head.bias":
+                shard.main.data.add_(delta)
+        self.optimizer.publish_masters()
+
+    def step(self, terms: Sequence[Term], *, learning_rate: float) -> StepResult:
+        """One optimizer step on sum over terms of weight * (sum of the term's loss / its global count).
+
+        All micro-batches, term after term, go through one schedule call into the same gradient buffers.
+        ValueError when a term has nothing that counts.
+        """
+        if self.spec.dropout:
+            seed_dropout(self.groups, self.seed, self.steps)
+        for chunk in self.chunks:
+            chunk.train()
+        pieces = [piece for term in terms for piece in self._pieces(term)]
+        totals = {term.name: torch.zeros(1 + 2 * len(term.loss.stats), device=self.groups.device) for term in terms}
+
+        def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, None]:
+            piece = pieces[number]
+            if piece.batch is None:
+                return hidden.float().sum() * 0.0, None
+            loss = piece.term.loss
+            output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch))
+            total, stats = loss(output, piece.batch.to(hidden.device))
+            assert tuple(stats) == loss.stats
+            flat = [total.detach(), *(value for pair in stats.values() for value in pair)]
+            totals[piece.term.name] += torch.stack([value.float().reshape(()) for value in flat])
+            return total * (piece.term.weight / piece.divisor), None
+
+        self.optimizer.zero_grad()
+        run_schedule(self.chunks, self.groups, [_tokens(piece) for piece in pieces], compute, backward=True)
+        update = self.optimizer.step(learning_rate)
+        self.steps += 1
+        losses, stats = self._summed(terms, totals)
+        return StepResult(losses, stats, update.grad_norm, update.skipped, update.loss_scale)
+
+    def _pieces(self, term: Term) -> list[_Piece]:
+        divisor = term.loss.count(term.batch)
+        if divisor == 0:
+            raise ValueError(f"the {term.name} term has nothing to learn from: none of its {term.batch.num_rows} rows counts in the loss")
+        shares = micro_batch_rows(term.batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
+        mine = shares[self.groups.coordinates.dp]
+        real = [_Piece(term, term.batch.rows(index), divisor) for index in mine]
+        idle = [_Piece(term, None, divisor)] * (len(padded_share(mine, self.groups)) - len(mine))
+        return real + idle
+
+    def _summed(self, terms: Sequence[Term], totals: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        whole = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups).tolist()
+        losses: dict[str, float] = {}
+        stats: dict[str, tuple[float, float]] = {}
+        for term in terms:
+            loss, *pairs = whole[: len(totals[term.name])]
+            whole = whole[len(totals[term.name]) :]
+            losses[term.name] = loss / term.loss.count(term.batch)
+            for i, name in enumerate(term.loss.stats):
+                stats[f"{term.name}/{name}"] = (pairs[2 * i], pairs[2 * i + 1])
+        return losses, stats
+
+
+def _tokens(piece: _Piece) -> Tensor:
+    return piece.batch.tokens if piece.batch is not None else piece.term.batch.tokens[:1, :2]
+

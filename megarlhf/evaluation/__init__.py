@@ -1,0 +1,1 @@
+"""How good a model is: language-model loss, reward accuracy, judged responses, win rates."""

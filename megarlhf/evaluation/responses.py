@@ -1,0 +1,71 @@
+"""Responses sampled for a fixed set of prompts, and what a reward model and a reference say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megarlhf.batch import Prompts, Rollouts
+from megarlhf.config.sections import SamplingConfig
+from megarlhf.engine.engine import Engine
+from megarlhf.generation.generator import Generator
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Responses and their judgement."""
+
+    rollouts: Rollouts
+    scores: Tensor | None
+    """[batch] of the reward model, where there is one."""
+    kl: Tensor | None
+    """[batch] nats: sum over the response of log pi - log pi_ref, where there is a reference."""
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Means under `prefix`: reward_mean, kl, response_len, finished_fraction."""
+        lengths = (self.rollouts.lengths - self.rollouts.prompt_lengths).double()
+        means = {"response_len": lengths.mean(), "finished_fraction": self.rollouts.finished.double().mean()}
+        if self.scores is not None:
+            means["reward_mean"] = self.scores.double().mean()
+        if self.kl is not None:
+            means["kl"] = self.kl.double().mean()
+        return {f"{prefix}/{name}": float(value) for name, value in means.items()}
+
+
+@dataclass(frozen=True)
+class ResponseJudge:
+    """Samples a response to every prompt and judges it."""
+
+    generator: Generator
+    prompts: Prompts
+    sampling: SamplingConfig
+    seed: int
+    reward: Engine | None = None
+    reference: Engine | None = None
+    policy: Engine | None = None
+    """The engine behind the generator; needed with a reference."""
+
+    def judge(self, *, iteration: int) -> Judged:
+        """The generator's present weights on the fixed prompts, with the noise of (seed, iteration)."""
+        rollouts = generate(self.generator, self.prompts, self.sampling, seed=self.seed, iteration=iteration)
+        scores = self.reward.scores(rollouts) if self.reward is not None else None
+        kl = None
+        if self.reference is not None:
+            mask = rollouts.response_mask
+            kl = (self.policy.logprobs(rollouts, mask) - self.reference.logprobs(rollouts, mask)).sum(dim=1)
+        return Judged(rollouts, scores, kl)
+
+
+def generate(generator: Generator, prompts: Prompts, sampling: SamplingConfig, *, seed: int, iteration: int) -> Rollouts:
+    """Sample one response to each prompt as `sampling` says."""
+    return generator.generate(
+        prompts,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=seed,
+        iteration=iteration,
+        max_batch_size=sampling.max_batch_size,
+    )

@@ -1,0 +1,67 @@
+"""Collectives by what they mean."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarlhf.parallel.groups import ModelGroups
+
+
+def sum_over_copies(values: Tensor, groups: ModelGroups) -> Tensor:
+    """Sum over micro-batches' owners: `values`, meaningful on the last stage, summed over dp and known to every rank.
+
+    Args: values [n], zeros on ranks that are not on the last stage.
+    """
+    total = values.clone()
+    dist.all_reduce(total, group=groups.outputs)
+    return total
+
+
+def gather_rows(rows: Tensor, index: Tensor, num_rows: int, groups: ModelGroups) -> Tensor:
+    """Every row's output on every rank, from the last stage of whichever copy computed it.
+
+    Args:
+        rows: [n, ...] outputs computed here (n = 0 off the last stage).
+        index: [n] their row numbers in the global batch; each row is computed by one copy.
+        num_rows: rows of the global batch.
+
+    Returns: [num_rows, ...] on the same device, identical on all ranks.
+    """
+    whole = torch.zeros(num_rows, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    whole[index] = rows
+    dist.all_reduce(whole, group=groups.outputs)
+    return whole
+
+
+def largest(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The largest `value` of the group."""
+    whole = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=group)
+    return int(whole)
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the flag is set on any rank of the group."""
+    return bool(largest(int(flag), group, device))
+
+
+def broadcast_object(value: object, *, source: int = 0) -> object:
+    """Rank `source`'s picklable value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def sum_over_world(values: Tensor, groups: ModelGroups) -> Tensor:
+    """Sum of `values` [n] over every rank."""
+    total = values.clone()
+    dist.all_reduce(total, group=groups.world)
+    return total
+
+
+def sum_over_data_parallel(values: Tensor, groups: ModelGroups) -> Tensor:
+    """Sum of `values` over the ranks that hold the same shard of the model, in place."""
+    dist.all_reduce(values, group=groups.dp)
+    return values

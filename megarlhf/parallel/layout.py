@@ -1,0 +1,111 @@
+"""Parallel layouts as values: pure arithmetic, no process group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one rank stands in a layout."""
+
+    tp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """A tensor x pipeline x data layout over ``tp * pp * dp`` ranks.
+
+    Ranks are numbered with tp fastest, then dp, then pp (Megatron's order), so that tensor-parallel peers share a
+    node. With ``virtual_pp`` > 1 each stage holds that many chunks of layers (interleaved 1F1B).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    virtual_pp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """tp * pp * dp."""
+        return self.tp * self.pp * self.dp
+
+    @staticmethod
+    def over(num_ranks: int, *, tp: int, pp: int, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
+        """The layout that spreads over `num_ranks` ranks; dp is what remains. ValueError when tp * pp does not divide them."""
+        if num_ranks % (tp * pp):
+            raise ValueError(
+                f"a layout of tp {tp} x pp {pp} = {tp * pp} ranks per copy does not divide the {num_ranks} ranks that were started: "
+                f"{num_ranks} % {tp * pp} = {num_ranks % (tp * pp)}"
+            )
+        return ParallelLayout(tp=tp, pp=pp, dp=num_ranks // (tp * pp), virtual_pp=virtual_pp, sequence_parallel=sequence_parallel)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The place of `rank`."""
+        assert 0 <= rank < self.num_ranks
+        return Coordinates(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp))
+
+    def rank(self, *, tp: int, dp: int, pp: int) -> int:
+        """The rank at a place."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+    def peers(self, axes: str) -> list[list[int]]:
+        """All groups of ranks that differ only along `axes`, a comma-separated choice of tp, dp, pp; each group ascending.
+
+        ``peers("tp")`` of tp2 dp2 is [[0, 1], [2, 3]]; ``peers("tp,pp")`` are whole copies of the model.
+        """
+        vary = axes.split(",")
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_ranks):
+            place = self.coordinates(rank)
+            fixed = tuple(getattr(place, axis) for axis in ("tp", "dp", "pp") if axis not in vary)
+            groups.setdefault(fixed, []).append(rank)
+        return list(groups.values())
+
+    def chunks(self, num_layers: int, pp_rank: int) -> list[range]:
+        """The layers of each of a stage's ``virtual_pp`` chunks, numbered globally from 0.
+
+        Chunk v of stage p is block ``v * pp + p`` of the ``pp * virtual_pp`` equal blocks.
+        """
+        size = num_layers // (self.pp * self.virtual_pp)
+        blocks = [v * self.pp + pp_rank for v in range(self.virtual_pp)]
+        return [range(block * size, (block + 1) * size) for block in blocks]
+
+    def stage_of_layer(self, num_layers: int, layer: int) -> int:
+        """The pipeline stage that holds `layer`."""
+        return layer // (num_layers // (self.pp * self.virtual_pp)) % self.pp
+
+    def violations(
+        self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int, padded_vocab_size: int
+    ) -> list[str]:
+        """Every way in which this layout cannot hold such a model, as sentences with their numbers."""
+        found = []
+        stages = self.pp * self.virtual_pp
+        if num_layers % stages:
+            found.append(
+                f"num_layers {num_layers} must be divisible by pp * virtual_pp = {self.pp} * {self.virtual_pp}; "
+                f"{num_layers} % {stages} = {num_layers % stages}"
+            )
+        sizes = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "hidden_size": hidden_size,
+            "ffn_size": ffn_size,
+            "the padded vocabulary": padded_vocab_size,
+        }
+        for name, size in sizes.items():
+            if size % self.tp:
+                found.append(f"{name} {size} must be divisible by tp {self.tp}; {size} % {self.tp} = {size % self.tp}")
+        if self.virtual_pp > 1 and self.pp == 1:
+            found.append(f"virtual_pp {self.virtual_pp} needs pp > 1")
+        if self.sequence_parallel and self.tp == 1:
+            found.append("sequence_parallel needs tp > 1")
+        return found
+
+    def __str__(self) -> str:
+        text = f"tp{self.tp} pp{self.pp} dp{self.dp}"
+        text += f" virtual_pp{self.virtual_pp}" if self.virtual_pp > 1 else ""
+        return text + (" sp" if self.sequence_parallel else "")

@@ -1,0 +1,180 @@
+"""CPU or CUDA: the one place that knows.
+
+megatron-core is written for CUDA: ``torch.cuda.current_device()``, ``device="cuda"`` and ``tensor.type() ==
+"torch.cuda.FloatTensor"`` stand in its training path. Where no CUDA device is available, `prepare_megatron` lets its
+modules see a torch whose ``cuda`` is the CPU. Only megatron's own modules see it; torch itself stays as it is, with one
+exception: `Tensor.type` answers "torch.cuda..." to callers inside megatron. Where CUDA is available nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
+MEGATRON_MODULES = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.serialization",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.parallel_state",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.utils",
+    "megatron.core.utils",
+)
+
+
+def device() -> torch.device:
+    """The device of this process: its current CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def backend() -> str:
+    """The collective backend that goes with `device`: nccl or gloo."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given, so that wall clocks tell the truth."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: allocated CUDA memory, or the resident set on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Stream:
+    """A stream on a device that has none: everything is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+class _View(types.ModuleType):
+    """A module seen through: own attributes first, then those of the module behind it."""
+
+    def __init__(self, behind: types.ModuleType, **own: Any) -> None:
+        super().__init__(behind.__name__)
+        self.__dict__["_behind"] = behind
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_behind"], name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _cuda_on_cpu() -> types.ModuleType:
+    nvtx = _View(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing)
+    return _View(
+        torch.cuda,
+        current_device=lambda: CPU,
+        device_count=lambda: 1,
+        set_device=_nothing,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        Stream=_Stream,
+        Event=_Stream,
+        current_stream=_Stream,
+        default_stream=_Stream,
+        stream=lambda stream: contextlib.nullcontext(),
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        initial_seed=torch.initial_seed,
+        memory_allocated=lambda *args: 0,
+        memory_reserved=lambda *args: 0,
+        is_current_stream_capturing=lambda: False,
+        nvtx=nvtx,
+    )
+
+
+def _on_cpu(where: Any) -> Any:
+    if isinstance(where, int) or (isinstance(where, str) and where.startswith("cuda")):
+        return CPU
+    if isinstance(where, torch.device) and where.type == "cuda":
+        return CPU
+    return where
+
+
+def _factory(make: Any) -> Any:
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return make(*args, **kwargs)
+
+    return on_cpu
+
+
+def _cuda_type_names() -> None:
+    plain_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        if not args and not kwargs and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+            return answer.replace("torch.", "torch.cuda.")
+        return answer
+
+    torch.Tensor.type = type_name
+
+
+def prepare_megatron() -> None:
+    """Import megatron-core and, where there is no CUDA, let it run on the CPU. Safe to call again."""
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+        # Newer releases import triton for mixture-of-experts kernels that are never reached here.
+        sys.modules.setdefault("megatron.core.transformer.moe.ops.paged_stash", types.ModuleType("paged_stash"))
+    modules = [importlib.import_module(name) for name in MEGATRON_MODULES]
+    if torch.cuda.is_available() or getattr(modules[-1].torch, "_behind", None) is torch:
+        return
+    view = _View(torch, cuda=_cuda_on_cpu(), **{name: _factory(getattr(torch, name)) for name in FACTORIES})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = view
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _cuda_type_names()

@@ -1,0 +1,267 @@
+"""Which rank sends which slice of which parameter to which rank, for any layout to any other over the same ranks.
+
+Pure arithmetic on the description in models/parameters.py: no process group and no model. Every rank computes the same
+plan. The choice of senders is made once for whole families of parameters; pieces are only listed for the rank that asks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import Head, ParameterSpec, Shard, parameter_specs, shard_of, stages_of
+from megarlhf.parallel.layout import ParallelLayout
+
+NODE_SIZE = 8
+"""Ranks per node: blocks of this many consecutive ranks are near each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One slice of one parameter, from the source rank's tensor to the target rank's: a range along `dim`, whole otherwise."""
+
+    name: str
+    source: int
+    target: int
+    dim: int
+    source_start: int
+    target_start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's part of a plan. Two ranks list the pieces between them in the same order."""
+
+    local: tuple[Copy, ...]
+    """Slices that the rank holds in both layouts."""
+    sends: tuple[Copy, ...]
+    receives: tuple[Copy, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Parameters that lie on the same stages in each layout, so that one choice of senders serves them all."""
+
+    specs: tuple[ParameterSpec, ...]
+    source_stages: tuple[int, ...]
+    target_stages: tuple[int, ...]
+    split: bool
+    """Whether tensor parallelism splits them."""
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Elements of the whole parameters."""
+        return sum(math.prod(spec.shape) for spec in self.specs)
+
+    def shared_elements(self, source_tp: int, source_size: int, target_tp: int, target_size: int) -> int:
+        """Elements in both the slice `source_tp` of `source_size` and the slice `target_tp` of `target_size`."""
+        if not self.split:
+            return self.num_elements
+        # in units of 1 / (source_size * target_size) of the whole
+        start = max(source_tp * target_size, target_tp * source_size)
+        stop = min((source_tp + 1) * target_size, (target_tp + 1) * source_size)
+        return self.num_elements * max(0, stop - start) // (source_size * target_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which source rank serves a target rank with tensor-parallel slice `source_tp` of a family (0 of a family that is not split)."""
+
+    family: int
+    source_tp: int
+    source: int
+    target: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class ReshardPlan:
+    """How the weights of a model get from the `source` layout to the `target` layout over the same ranks.
+
+    Every element that a target rank holds arrives exactly once: from the rank itself where it holds it already, else from a rank
+    of the same node, else from the holder that has sent least so far.
+    """
+
+    architecture: Architecture
+    head: Head
+    source: ParallelLayout
+    target: ParallelLayout
+    families: tuple[Family, ...] = field(repr=False)
+    routes: tuple[Route, ...] = field(repr=False)
+
+    @cached_property
+    def _routes_from(self) -> dict[int, list[Route]]:
+        return _grouped(self.routes, "source")
+
+    @cached_property
+    def _routes_to(self) -> dict[int, list[Route]]:
+        return _grouped(self.routes, "target")
+
+    def for_rank(self, rank: int) -> RankPlan:
+        """The pieces that `rank` copies locally, sends and receives."""
+        incoming = [piece for route in self._routes_to[rank] for piece in self._pieces(route)]
+        outgoing = [piece for route in self._routes_from.get(rank, []) if route.target != rank for piece in self._pieces(route)]
+        return RankPlan(
+            local=tuple(piece for piece in incoming if piece.source == rank),
+            sends=tuple(outgoing),
+            receives=tuple(piece for piece in incoming if piece.source != rank),
+        )
+
+    def bytes_local(self, rank: int, *, element_size: int) -> int:
+        """Bytes that `rank` copies within itself, at `element_size` bytes per weight."""
+        return element_size * sum(route.elements for route in self._routes_to[rank] if route.source == rank)
+
+    def bytes_sent(self, rank: int, *, element_size: int) -> int:
+        """Bytes that `rank` sends to others, at `element_size` bytes per weight."""
+        return element_size * sum(route.elements for route in self._routes_from.get(rank, []) if route.target != rank)
+
+    def bytes_received(self, rank: int, *, element_size: int) -> int:
+        """Bytes that `rank` receives from others, at `element_size` bytes per weight."""
+        return element_size * sum(route.elements for route in self._routes_to[rank] if route.source != rank)
+
+    def buckets(self, element_sizes: Mapping[str, int], *, max_bytes: int) -> list[list[str]]:
+        """Names of the parameters in the order of their transfer, in buckets of which no rank holds more than `max_bytes`.
+
+        A bucket has at least one parameter. The stages take turns: in order of depth one stage's ranks would send
+        while all others wait.
+
+        Args: element_sizes: name -> bytes per element.
+        """
+        turns: Counter = Counter()
+        order = []
+        for spec, source_stages, target_stages in _placed(self.architecture, self.head, self.source, self.target):
+            order.append((turns[source_stages, target_stages], spec, source_stages, target_stages))
+            turns[source_stages, target_stages] += 1
+        order.sort(key=lambda entry: entry[0])
+
+        buckets: list[list[str]] = []
+        held: Counter = Counter()  # bytes of the open bucket by (side, stage)
+        for _, spec, source_stages, target_stages in order:
+            size = element_sizes[spec.name]
+            added = {("source", stage): size * math.prod(shard_of(spec, 0, self.source.tp).shape) for stage in source_stages}
+            added |= {("target", stage): size * math.prod(shard_of(spec, 0, self.target.tp).shape) for stage in target_stages}
+            if not buckets or any(held[key] + more > max_bytes for key, more in added.items()):
+                buckets.append([])
+                held.clear()
+            buckets[-1].append(spec.name)
+            held.update(added)
+        return buckets
+
+    def _pieces(self, route: Route) -> Iterator[Copy]:
+        target_tp = self.target.coordinates(route.target).tp
+        for spec in self.families[route.family].specs:
+            source, target = shard_of(spec, route.source_tp, self.source.tp), shard_of(spec, target_tp, self.target.tp)
+            for source_start, target_start, size in _common(source, target):
+                yield Copy(spec.name, route.source, route.target, spec.split_dim or 0, source_start, target_start, size)
+
+
+def plan_reshard(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> ReshardPlan:
+    """The plan from `source` to `target`, the same on every rank.
+
+    ValueError when the layouts are over different numbers of ranks.
+    """
+    if source.num_ranks != target.num_ranks:
+        raise ValueError(
+            f"weights can be resharded between layouts over the same ranks: {source} has {source.num_ranks} ranks, "
+            f"{target} has {target.num_ranks}"
+        )
+    families = _families(architecture, head, source, target)
+    senders = _Senders(source)
+    return ReshardPlan(architecture, head, source, target, families, tuple(_routes(families, source, target, senders)))
+
+
+def _placed(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> Iterator[tuple]:
+    """(spec, source stages, target stages) of every parameter in order of depth."""
+    for spec in parameter_specs(architecture, head):
+        yield spec, stages_of(spec, architecture, head, source), stages_of(spec, architecture, head, target)
+
+
+def _families(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> tuple[Family, ...]:
+    """The families, most elements first: small ones then even out what large ones left uneven."""
+    members: dict[tuple, list[ParameterSpec]] = defaultdict(list)
+    for spec, source_stages, target_stages in _placed(architecture, head, source, target):
+        members[source_stages, target_stages, spec.split_dim is not None].append(spec)
+    families = [Family(tuple(specs), *key) for key, specs in members.items()]
+    return tuple(sorted(families, key=lambda family: family.num_elements, reverse=True))
+
+
+def _routes(families: tuple[Family, ...], source: ParallelLayout, target: ParallelLayout, senders: _Senders) -> Iterator[Route]:
+    targets_of_stage: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for rank in range(target.num_ranks):
+        place = target.coordinates(rank)
+        targets_of_stage[place.pp].append((rank, place.tp))
+    for number, family in enumerate(families):
+        for source_tp in range(source.tp if family.split else 1):
+            holders = senders.holders(family.source_stages, source_tp if family.split else None)
+            for rank, target_tp in (pair for stage in family.target_stages for pair in targets_of_stage[stage]):
+                elements = family.shared_elements(source_tp, source.tp, target_tp, target.tp)
+                if elements:
+                    yield Route(number, source_tp, senders.choose(holders, rank, elements), rank, elements)
+
+
+def _common(source: Shard, target: Shard) -> Iterator[tuple[int, int, int]]:
+    """(start in the source rank's tensor, start in the target rank's, length) of every range that both hold."""
+    for i, source_start in enumerate(source.starts):
+        for j, target_start in enumerate(target.starts):
+            start = max(source_start, target_start)
+            size = min(source_start + source.size, target_start + target.size) - start
+            if size > 0:
+                yield i * source.size + start - source_start, j * target.size + start - target_start, size
+
+
+def _grouped(routes: tuple[Route, ...], end: str) -> dict[int, list[Route]]:
+    groups: dict[int, list[Route]] = defaultdict(list)
+    for route in routes:
+        groups[getattr(route, end)].append(route)
+    return dict(groups)
+
+
+class _Holders:
+    """The ranks that hold the same slices of the source, by node, and as a heap by how much they have sent."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = frozenset(ranks)
+        self.of_node: dict[int, list[int]] = defaultdict(list)
+        for rank in ranks:
+            self.of_node[rank // NODE_SIZE].append(rank)
+        self.heap = [(0, rank) for rank in ranks]
+
+
+class _Senders:
+    """Chooses who sends, so that ranks that hold the same slices send about as much as each other."""
+
+    def __init__(self, layout: ParallelLayout) -> None:
+        self.layout = layout
+        self.sent = [0] * layout.num_ranks
+        self._holders: dict[tuple, _Holders] = {}
+
+    def holders(self, stages: tuple[int, ...], tp: int | None) -> _Holders:
+        """Ranks of these stages with this tensor-parallel rank, or with any."""
+        layout = self.layout
+        if (stages, tp) not in self._holders:
+            places = [(stage, dp, t) for stage in stages for dp in range(layout.dp) for t in (range(layout.tp) if tp is None else (tp,))]
+            self._holders[stages, tp] = _Holders([layout.rank(tp=t, dp=dp, pp=stage) for stage, dp, t in places])
+        return self._holders[stages, tp]
+
+    def choose(self, holders: _Holders, target: int, elements: int) -> int:
+        """The sender of `elements` to `target`: itself, else the least busy of its node (its own copy first), else the least busy."""
+        if target in holders.ranks:
+            return target
+        if near := holders.of_node.get(target // NODE_SIZE):
+            copy = self.layout.coordinates(target).dp
+            source = min(near, key=lambda rank: (self.sent[rank], self.layout.coordinates(rank).dp != copy, rank))
+        else:
+            source = self._least_busy(holders.heap)
+        self.sent[source] += elements
+        return source
+
+    def _least_busy(self, heap: list[tuple[int, int]]) -> int:
+        while (top := heap[0])[0] != self.sent[top[1]]:  # it has sent since it was put here; what a rank sent only grows
+            heapq.heapreplace(heap, (self.sent[top[1]], top[1]))
+        return top[1]

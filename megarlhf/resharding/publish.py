@@ -1,0 +1,119 @@
+"""From the policy's weights to the generator's, with a version, and the proof that they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import Head, Shard, parameter_specs, shards_held
+from megarlhf.parallel.groups import ModelGroups
+from megarlhf.resharding.execute import Resharder
+from megarlhf.resharding.plan import plan_reshard
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+STRIDE = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed number: the positions' weights wrap around and stay apart
+CHUNK_ELEMENTS = 2**24
+"""Elements that a checksum widens to 64 bits at a time."""
+MISSING = torch.iinfo(torch.int64).min
+
+
+class Publisher:
+    """Gives the generator the policy's weights, layout to layout; with the same shards in both there is nothing to do."""
+
+    def __init__(self, architecture: Architecture, head: Head, source_groups: ModelGroups, target_groups: ModelGroups) -> None:
+        """Plan from the layout of `source_groups` to that of `target_groups`; ValueError when they differ in their ranks."""
+        self.architecture, self.head = architecture, head
+        self.source_groups, self.target_groups = source_groups, target_groups
+        self.version: int | None = None
+        """Version of the weights that were published last."""
+        self._resharder: Resharder | None = None
+        if not self.in_place:
+            self._resharder = Resharder(plan_reshard(architecture, head, source_groups.layout, target_groups.layout), source_groups)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every rank holds the same shards in both layouts: the generator then shares the policy's modules."""
+        source, target = self.source_groups.layout, self.target_groups.layout
+        return (source.tp, source.pp, source.dp, source.virtual_pp) == (target.tp, target.pp, target.dp, target.virtual_pp)
+
+    def publish(self, source_parameters: Mapping[str, Tensor], target_parameters: Mapping[str, Tensor], *, version: int) -> None:
+        """Make `target_parameters` equal to `source_parameters` and record their version; every rank calls it.
+
+        Args: canonical name -> this rank's tensor in each layout; the same tensors when `in_place`.
+        """
+        if self._resharder is None:
+            assert all(target_parameters[name].data_ptr() == tensor.data_ptr() for name, tensor in source_parameters.items())
+        else:
+            self._resharder.run(source_parameters, target_parameters)
+        self.version = version
+
+    @torch.no_grad()
+    def verify(self, source_parameters: Mapping[str, Tensor], target_parameters: Mapping[str, Tensor]) -> None:
+        """Check that every copy of every parameter in both layouts has the same bits in the same places; every rank calls it.
+
+        RuntimeError, on all ranks, names the first parameter that differs, and whether between the layouts or within one.
+
+        Args: canonical name -> this rank's tensor in each layout.
+        """
+        low, high = zip(
+            self._range_of_checksums(source_parameters, self.source_groups),
+            self._range_of_checksums(target_parameters, self.target_groups),
+            strict=True,
+        )
+        for i, spec in enumerate(parameter_specs(self.architecture, self.head)):
+            for side, groups in enumerate((self.source_groups, self.target_groups)):
+                if low[side][i] != high[side][i]:
+                    raise RuntimeError(f"{spec.name} is not the same in all copies of the model in layout {groups.layout}")
+            if low[0][i] != low[1][i]:
+                layouts = f"{self.source_groups.layout} and {self.target_groups.layout}"
+                raise RuntimeError(f"{spec.name} differs between the layouts {layouts}: the generator's weights are not the policy's")
+
+    def _range_of_checksums(self, parameters: Mapping[str, Tensor], groups: ModelGroups) -> tuple[list[int], list[int]]:
+        """The smallest and the largest checksum of each parameter over all copies in one layout."""
+        index = {spec.name: i for i, spec in enumerate(parameter_specs(self.architecture, self.head))}
+        held = shards_held(self.architecture, self.head, groups.layout, groups.coordinates)
+        split = {name: checksum(parameters[name], shard) for name, shard in held.items() if shard.spec.split_dim is not None}
+        whole = {name: checksum(parameters[name], shard) for name, shard in held.items() if shard.spec.split_dim is None}
+        if split:
+            together = torch.stack(list(split.values()))
+            dist.all_reduce(together, group=groups.tp)
+            split = dict(zip(split, together, strict=True))
+        largest = torch.full((2, len(index)), MISSING, dtype=torch.int64, device=groups.device)
+        for name, value in {**split, **whole}.items():
+            largest[0, index[name]] = value
+            largest[1, index[name]] = ~value  # ~ reverses the order of integers, so that the largest is the smallest's
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.world)
+        return (~largest[1]).tolist(), largest[0].tolist()
+
+
+def checksum(tensor: Tensor, shard: Shard) -> Tensor:
+    """Sum over the elements of bits * weight of the place in the whole parameter, modulo 2**64: [] int64.
+
+    Shards of a parameter add up to the checksum of the whole, in whatever layout; a slice in the wrong place changes it.
+    """
+    bits = tensor.view(INTEGERS[tensor.element_size()]).reshape(tensor.shape[0], -1)
+    rows, columns = _weights(shard, 0, tensor.device), _weights(shard, 1, tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    step = max(1, CHUNK_ELEMENTS // bits.shape[1])
+    for part, row_weights in zip(bits.split(step), rows.split(step), strict=True):
+        total += ((part.to(torch.int64) * columns).sum(dim=1) * row_weights).sum()
+    return total
+
+
+def _weights(shard: Shard, dim: int, device: torch.device) -> Tensor:
+    """[size of the shard's dim] int64: the weights of its positions in the whole parameter."""
+    return torch.cat([torch.arange(*span, device=device) for span in _spans(shard, dim)]) * STRIDE + 1
+
+
+def _spans(shard: Shard, dim: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) in the whole parameter of the positions along `dim` that the rank holds; one position past the last dim."""
+    if dim >= len(shard.spec.shape):
+        yield 0, 1
+    elif dim == shard.spec.split_dim:
+        yield from ((start, start + shard.size) for start in shard.starts)
+    else:
+        yield 0, shard.spec.shape[dim]

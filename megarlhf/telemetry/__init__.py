@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics, timings, where they are written, progress, samples and closing tables."""

@@ -1,0 +1,143 @@
+"""Where metrics are written: a JSON-lines file, Weights & Biases, TensorBoard. One process writes, the others have no sinks."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, Protocol
+
+from megarlhf.telemetry.jsonl import JsonLines
+
+KINDS = ("jsonl", "wandb", "tensorboard")
+
+
+class Sink(Protocol):
+    """A place that metrics are written to."""
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of one step of a stage."""
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        """Forget the steps of `stage` after `step`, which a resumed run is about to write again."""
+
+    def close(self) -> None:
+        """Write what is buffered and let go of files and connections."""
+
+
+class JsonlSink:
+    """One JSON object per step: "stage", "step", and the metrics by their flat names; see `JsonLines` for non-finite numbers."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLines(path)
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one line and flush it."""
+        self._lines.append(stage, step, values)
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        """Drop the lines of `stage` later than `step`, atomically."""
+        self._lines.truncate_after(stage, step)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class WandbSink:
+    """A Weights & Biases run, online or kept in `run_dir` for ``wandb sync``.
+
+    Each stage has its own step axis, "<stage>/step", so that stages follow one another in one run. A run folder is
+    always the same run: its id is kept in ``wandb_id``.
+    """
+
+    def __init__(self, run_dir: Path, *, project: str, name: str | None = None, mode: Literal["offline", "online"] = "offline") -> None:
+        wandb = _imported("wandb", kind="wandb", package="wandb")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=id_file.read_text().strip(), resume="allow")
+        self._stages: set[str] = set()
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Log the values as "<stage>/<name>" at "<stage>/step"."""
+        if stage not in self._stages:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        self._run.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        """Nothing: Weights & Biases cannot take back what was sent, so steps that run again appear twice there."""
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class TensorboardSink:
+    """TensorBoard event files, one folder per stage below `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._module = _imported("torch.utils.tensorboard", kind="tensorboard", package="tensorboard")
+        self._path = path
+        self._writers = {}
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """One scalar per name."""
+        writer = self._writer(stage)
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        """Have TensorBoard hide the events of `stage` later than `step`."""
+        self._writer(stage, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, stage: str, purge_step: int | None = None):
+        if purge_step is not None and stage in self._writers:
+            self._writers.pop(stage).close()
+        if stage not in self._writers:
+            self._writers[stage] = self._module.SummaryWriter(str(self._path / stage), purge_step=purge_step)
+        return self._writers[stage]
+
+
+def make_sinks(
+    kinds: Sequence[str],
+    run_dir: Path,
+    *,
+    project: str = "megarlhf",
+    name: str | None = None,
+    wandb_mode: Literal["offline", "online"] = "offline",
+) -> list[Sink]:
+    """The sinks of the given kinds, writing into `run_dir`: ``metrics.jsonl``, ``wandb/``, ``tensorboard/``.
+
+    Raises ValueError for an unknown kind and for one whose package is not installed.
+    """
+    sinks: list[Sink] = []
+    for kind in kinds:
+        if kind == "jsonl":
+            sinks.append(JsonlSink(run_dir / "metrics.jsonl"))
+        elif kind == "wandb":
+            sinks.append(WandbSink(run_dir, project=project, name=name, mode=wandb_mode))
+        elif kind == "tensorboard":
+            sinks.append(TensorboardSink(run_dir / "tensorboard"))
+        else:
+            close = difflib.get_close_matches(kind, KINDS, n=1)
+            raise ValueError(f"unknown sink {kind!r}; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(KINDS)}")
+    return sinks
+
+
+def _imported(module: str, *, kind: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"the sink {kind!r} needs {package}, which cannot be imported ({error}); pip install {package}") from error

@@ -1,0 +1,246 @@
+"""PPO-ptx with four co-resident models (Ouyang et al. 2022, section 3.5, equation 2 and Appendix C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlhf.algorithms.gae import gae
+from megarlhf.algorithms.kl import adapted_kl_coef
+from megarlhf.algorithms.learning_rate import constant_with_warmup
+from megarlhf.algorithms.masked import explained_variance, standardize
+from megarlhf.algorithms.rewards import kl_shaped_rewards, penalize_unfinished
+from megarlhf.batch import Experience, Prompts, Rollouts
+from megarlhf.config.stages import PpoConfig
+from megarlhf.data.collation import prompt_batch
+from megarlhf.data.order import ShuffledOrder
+from megarlhf.data.pretraining import PretrainingStream
+from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
+from megarlhf.engine.trainable import StepResult
+from megarlhf.evaluation.responses import ResponseJudge, generate
+from megarlhf.evaluation.text import HeldOutText
+from megarlhf.parallel import platform
+from megarlhf.parallel.groups import World
+from megarlhf.parallel.seed import derive_seed
+from megarlhf.telemetry.timers import Timers
+from megarlhf.trainers.data import Records
+from megarlhf.trainers.loop import run_stage, step_metrics
+from megarlhf.trainers.policy_generator import PolicyGenerator
+from megarlhf.trainers.ppo_models import PpoModels
+from megarlhf.trainers.pretrain import timed
+from megarlhf.trainers.run import Run
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the frozen models and the two trained ones say of an iteration's rollouts."""
+
+    scores: Tensor
+    """[batch] of the reward model, penalty for unfinished responses included."""
+    logprobs: Tensor
+    """[batch, seq - 1] of the policy that sampled, recomputed by the trainer."""
+    ref_logprobs: Tensor
+    """[batch, seq - 1] of the reference."""
+    values: Tensor
+    """[batch, seq - 1] of the value function."""
+
+
+class ProximalPolicyOptimization:
+    """Prompts to rollouts, rollouts to experience, experience to updates, weights to the generator."""
+
+    shown = ("rollout/reward_mean", "rollout/kl", "ptx/loss")
+
+    def __init__(self, config: PpoConfig, world: World) -> None:
+        self.config = config
+        self.settings = config.ppo
+        self.kl_coef = config.ppo.kl_coef
+        data = config.data
+        self.tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
+        self.records = Records(self.tokenizer, config.limits)
+        self.prompts = self.records.prompts(data.prompts)
+        valid = self.records.prompts(data.prompts_valid) if data.prompts_valid else []
+        self.roles = PpoModels.build(config, world, self.tokenizer)
+        self.models = {"policy": self.roles.policy, "value": self.roles.value}
+        self.generator = PolicyGenerator(self.roles, self.tokenizer)
+
+        ids = {"eos_id": self.tokenizer.eos_id, "vocab_size": self.tokenizer.vocab_size}
+        self.order = ShuffledOrder(len(self.prompts), seed=config.run.seed)
+        self.text = None
+        if self.settings.ptx_coef:
+            self.text = PretrainingStream(data.pretraining.prefix, seq_len=data.pretraining.seq_len, seed=config.run.seed, **ids)
+        self.held_out = HeldOutText.of(data.pretraining, **ids)
+        self.judge = self._judge(prompt_batch(valid, pad_id=self.tokenizer.pad_id)) if valid else None
+        self.total_steps = self.settings.iterations
+        self.timers = Timers(platform.synchronize)
+        self.last_rollouts: Rollouts | None = None
+        self.last_scores: Tensor | None = None
+
+    def step(self, number: int) -> dict[str, float]:
+        """One iteration: section 3.5's loop, Appendix C.4's numbers."""
+        s, roles = self.settings, self.roles
+
+        # prompts -> rollouts
+        rows = [self.prompts[i] for i in self.order.take(s.batch_size)]
+        with self.timers("generate_seconds"):
+            rollouts = self.rollouts(prompt_batch(rows, pad_id=self.tokenizer.pad_id), number)
+        mask = rollouts.response_mask
+
+        # rollouts -> experience
+        with self.timers("score_seconds"):
+            judged = self.judged(rollouts)
+        rewards = kl_shaped_rewards(judged.scores, judged.logprobs, judged.ref_logprobs, mask, kl_coef=self.kl_coef)
+        advantages, returns = gae(rewards, judged.values, mask, gamma=s.gamma, lam=s.gae_lambda)
+        experience = Experience(
+            tokens=rollouts.tokens,
+            lengths=rollouts.lengths,
+            response_mask=mask,
+            old_logprobs=judged.logprobs,
+            old_values=judged.values,
+            advantages=standardize(advantages, mask) if s.standardize_advantages else advantages,
+            returns=returns,
+        )
+
+        # experience -> updates
+        policy_rate = self.learning_rate(number, self.config.policy.adam.learning_rate)
+        value_rate = self.learning_rate(number, self.config.value.adam.learning_rate)
+        policy_steps: list[StepResult] = []
+        value_steps: list[StepResult] = []
+        with self.timers("update_seconds"):
+            for minibatch in self.minibatches(experience, number):
+                terms = [Term("policy", PolicyLoss(clip=s.clip), minibatch), *self.pretraining_terms()]
+                policy_steps.append(roles.policy.step(terms, learning_rate=policy_rate))
+                terms = [Term("value", ValueLoss(clip=s.value_clip), minibatch)]
+                value_steps.append(roles.value.step(terms, learning_rate=value_rate))
+            roles.policy.ema.update()
+
+        # weights -> generator
+        with self.timers("reshard_seconds"):
+            self.generator.publish(version=number + 1)
+
+        metrics = self.rollout_metrics(rollouts, judged)
+        metrics["value/explained_variance"] = float(explained_variance(judged.values, returns, mask))
+        metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
+        self.adapt_kl(metrics["rollout/kl"])
+        return metrics | timed(self.timers)
+
+    def rollouts(self, prompts: Prompts, iteration: int) -> Rollouts:
+        """One response to each prompt from the present policy."""
+        sampling = self.config.generation.sampling
+        return generate(self.generator.generator, prompts, sampling, seed=self.config.run.seed, iteration=iteration)
+
+    def judged(self, rollouts: Rollouts) -> Judgement:
+        """Scores, log-probabilities and values of an iteration's rollouts."""
+        roles, mask = self.roles, rollouts.response_mask
+        scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
+        self.last_rollouts, self.last_scores = rollouts, scores
+        return Judgement(
+            scores=scores,
+            logprobs=roles.policy.logprobs(rollouts, mask),
+            ref_logprobs=roles.reference.logprobs(rollouts, mask),
+            values=roles.value.values(rollouts, mask),
+        )
+
+    def minibatches(self, experience: Experience, iteration: int):
+        """Random minibatches, `epochs` times over, in an order that only the seed and the iteration decide."""
+        for epoch in range(self.settings.epochs):
+            key = derive_seed(self.config.run.seed, "minibatches", iteration, epoch)
+            order = torch.randperm(experience.num_rows, generator=torch.Generator().manual_seed(key))
+            for index in order.split(self.settings.minibatch_size):
+                yield experience.rows(index)
+
+    def pretraining_terms(self) -> list[Term]:
+        """The ptx term of one minibatch: ptx_ratio rows of text per episode, weighed by gamma of equation 2."""
+        if self.text is None:
+            return []
+        rows = self.text.take(self.settings.ptx_ratio * self.settings.minibatch_size)
+        return [Term("ptx", LanguageModelLoss(), rows, weight=self.settings.ptx_coef)]
+
+    def learning_rate(self, iteration: int, peak: float) -> float:
+        """Constant after a linear warm-up from a tenth over the first iterations (Appendix C.4)."""
+        return constant_with_warmup(iteration, peak=peak, warmup_steps=self.settings.warmup_iterations)
+
+    def adapt_kl(self, kl_per_episode: float) -> None:
+        """Move kl_coef towards its target, where one is set."""
+        adaptive = self.settings.adaptive_kl
+        if adaptive is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                kl_per_episode=kl_per_episode,
+                target=adaptive.target,
+                horizon=adaptive.horizon,
+                num_episodes=self.settings.batch_size,
+            )
+
+    def rollout_metrics(self, rollouts: Rollouts, judged: Judgement) -> dict[str, float]:
+        """What an iteration's episodes looked like."""
+        mask = rollouts.response_mask
+        kl = torch.where(mask, judged.logprobs - judged.ref_logprobs, 0.0).double()
+        gap = torch.where(mask, judged.logprobs - rollouts.logprobs, 0.0).abs().max()
+        lengths = (rollouts.lengths - rollouts.prompt_lengths).double()
+        return {
+            "rollout/reward_mean": float(judged.scores.double().mean()),
+            "rollout/reward_std": float(judged.scores.double().std(correction=0)),
+            "rollout/kl": float(kl.sum(dim=1).mean()),
+            "rollout/kl_per_token": float(kl.sum() / mask.sum()),
+            "rollout/kl_coef": self.kl_coef,
+            "rollout/response_len": float(lengths.mean()),
+            "rollout/finished_fraction": float(rollouts.finished.double().mean()),
+            "rollout/generator_logprob_gap": float(gap),
+        }
+
+    def _judge(self, prompts: Prompts) -> ResponseJudge:
+        return ResponseJudge(
+            self.generator.generator,
+            prompts,
+            self.config.generation.sampling,
+            seed=derive_seed(self.config.run.seed, "validation"),
+            reward=self.roles.reward,
+            reference=self.roles.reference,
+            policy=self.roles.policy,
+        )
+
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Reward and KL on validation prompts and loss on held-out text, of the averaged weights."""
+        with self.roles.policy.ema.swapped_in():
+            metrics = self.held_out.metrics(self.roles.policy)
+            if self.judge is not None:
+                self.generator.publish(version=number)
+                metrics |= self.judge.judge(iteration=0).metrics("valid")
+        if self.judge is not None:
+            self.generator.publish(version=number)
+        return metrics
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """The newest checkpoint is the one to use."""
+        return False
+
+    def finish(self) -> None:
+        """Nothing more to do."""
+
+    def state_dict(self) -> dict:
+        """Data cursors and the KL coefficient."""
+        return {"order": self.order.state_dict(), "text": self.text.state_dict() if self.text else None, "kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from saved cursors; the restored policy goes to the generator."""
+        self.order.load_state_dict(state["order"])
+        if self.text:
+            self.text.load_state_dict(state["text"])
+        self.kl_coef = state["kl_coef"]
+        self.generator.publish(version=0)
+
+
+def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+    """`megarlhf ppo`."""
+    stage = ProximalPolicyOptimization(config, world)
+    run = Run(config, world, fresh=fresh)
+    for line in stage.records.skipped():
+        run.say(line)
+    try:
+        return run_stage(stage, run)
+    finally:
+        run.close()

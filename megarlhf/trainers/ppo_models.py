@@ -1,0 +1,60 @@
+"""The four models of PPO, each in its own layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarlhf.config.stages import PpoConfig
+from megarlhf.data.tokenizers import Tokenizer
+from megarlhf.engine.frozen import FrozenEngine
+from megarlhf.engine.trainable import TrainEngine
+from megarlhf.parallel.groups import ModelGroups, World
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.trainers.models import ModelPlan, ModelPlanner
+
+
+@dataclass(frozen=True)
+class PpoModels:
+    """Policy and value are trained, reward and reference frozen; sizes and layouts are each model's own."""
+
+    policy: TrainEngine
+    value: TrainEngine
+    reward: FrozenEngine
+    reference: FrozenEngine
+    generation_groups: ModelGroups
+    """Where the generator holds its copy of the policy: the policy's own groups when it generates in place."""
+
+    @staticmethod
+    def build(config: PpoConfig, world: World, tokenizer: Tokenizer) -> PpoModels:
+        """Check all four against the run, then build them with their weights. ConfigError lists everything that does not fit."""
+        planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed)
+        context = config.limits.max_prompt_len + config.generation.sampling.max_new_tokens
+        mixed = max(context, config.data.pretraining.seq_len) if config.data.pretraining else context
+        policy = planner.plan("policy", config.policy, "lm", context=mixed)
+        value = planner.plan("value", config.value, "scalar", context=context)
+        reward = planner.plan("reward", config.reward, "scalar", context=context)
+        reference = planner.plan("reference", config.reference, "lm", context=context)
+        generation = _generation_layout(config, planner, policy)
+        planner.check()
+        temperature = config.generation.sampling.temperature
+        models = PpoModels(
+            policy=planner.build_trained(policy, temperature=temperature),
+            value=planner.build_trained(value),
+            reward=planner.build_frozen(reward),
+            reference=planner.build_frozen(reference, temperature=temperature),
+            generation_groups=world.groups(generation),
+        )
+        models.policy.start_ema(config.ppo.ema_decay)
+        return models
+
+
+def _generation_layout(config: PpoConfig, planner: ModelPlanner, policy: ModelPlan | None) -> ParallelLayout | None:
+    if policy is None or config.generation.parallel is None:
+        return policy.layout if policy else None
+    if config.generation.parallel.sequence_parallel or config.generation.parallel.virtual_pp > 1:
+        planner.violations.append("generation.parallel: decoding one position at a time has no use for sequence_parallel or virtual_pp")
+    try:
+        return planner.layout("generation", config.generation.parallel, policy.architecture)
+    except ValueError as error:
+        planner.violations.append(f"generation: {error}")
+        return None

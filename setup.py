@@ -1,0 +1,37 @@
+"""The package megarlhf: `pip install -e .[test]` to work on it, `pip install .[gpu]` beside a CUDA build of PyTorch to train."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "megarlhf" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megarlhf",
+    version=version,
+    description="Train language models to follow instructions with human feedback: SFT, reward model and PPO-ptx on megatron-core",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megarlhf*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "sentencepiece",
+        "tokenizers",
+        "pyyaml",
+        "tqdm",
+        "psutil",  # megatron-core's checkpoint writer imports it and does not ask for it
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "transformers"],
+    },
+    entry_points={"console_scripts": ["megarlhf=megarlhf.cli:main"]},
+)

@@ -1,0 +1,151 @@
+"""The pretraining stream yields exactly the corpus; the tool writes exactly the documents."""
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megarlhf.data.pretraining import PretrainingStream, held_out_rows, write_corpus
+from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+
+ROOT = Path(__file__).parents[2]
+EOS, VOCAB = 7, 70_000
+KINDS = {"eos_id": EOS, "vocab_size": VOCAB}
+
+
+def documents(num_documents=40, *, vocab_size=VOCAB):
+    rng = random.Random(0)
+    return [[rng.randrange(8, vocab_size) for _ in range(rng.randint(1, 30))] for _ in range(num_documents)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_corpus(tmp_path / "corpus", documents(), **KINDS)
+    return tmp_path / "corpus"
+
+
+def packed(seq_len):
+    flat = [token for document in documents() for token in [*document, EOS]]
+    return [tuple(flat[i : i + seq_len]) for i in range(0, len(flat) - seq_len + 1, seq_len)]
+
+
+@pytest.mark.parametrize("seq_len", [2, 16, 100])
+def test_each_epoch_holds_exactly_the_packed_corpus(corpus, seq_len):
+    expected = packed(seq_len)
+    stream = PretrainingStream(corpus, seq_len=seq_len, seed=1, **KINDS)
+    assert stream.num_rows == len(expected)
+    orders = []
+    for epoch in range(3):
+        assert stream.epoch == epoch
+        batch = stream.take(len(expected))
+        assert batch.loss_mask.all() and batch.loss_mask.shape == (len(expected), seq_len - 1)
+        orders.append([tuple(row) for row in batch.tokens.tolist()])
+        assert sorted(orders[-1]) == sorted(expected)
+    assert orders[0] != orders[1] != orders[2] != expected
+    held_out = held_out_rows(corpus, seq_len=seq_len, max_rows=3, **KINDS)
+    assert [tuple(row) for row in held_out.tokens.tolist()] == expected[:3]
+    assert held_out_rows(corpus, seq_len=seq_len, max_rows=10**9, **KINDS).num_rows == len(expected)
+
+
+@pytest.mark.parametrize("before", [0, 3, 50])
+def test_a_resumed_stream_equals_an_uninterrupted_one(corpus, before):
+    stream, resumed = (PretrainingStream(corpus, seq_len=16, seed=1, **KINDS) for _ in range(2))
+    stream.take(before)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    for n in (1, 40, 7):
+        assert stream.take(n).tokens.equal(resumed.take(n).tokens)
+    for kwargs in ({"seq_len": 15, "seed": 1}, {"seq_len": 16, "seed": 2}):
+        with pytest.raises(ValueError, match="different"):
+            PretrainingStream(corpus, **kwargs, **KINDS).load_state_dict(stream.state_dict())
+
+
+def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path):
+    for vocab_size, dtype in ((65_000, np.uint16), (70_000, np.int32)):
+        write_corpus(tmp_path / "c", documents(vocab_size=vocab_size), eos_id=EOS, vocab_size=vocab_size)
+        dataset = IndexedDataset(str(tmp_path / "c"))
+        assert dataset.index.dtype == dtype
+        assert [dataset[i].tolist() for i in range(len(dataset))] == [[*ids, EOS] for ids in documents(vocab_size=vocab_size)]
+        assert dataset.document_indices.tolist() == list(range(41))
+
+
+def test_an_unusable_corpus_is_refused(corpus, tmp_path):
+    def open_stream(prefix=corpus, **changes):
+        return PretrainingStream(prefix, **{"seq_len": 16, "seed": 1, **KINDS, **changes})
+
+    with pytest.raises(ValueError, match="none.bin is missing or empty.*preprocess_data"):
+        open_stream(tmp_path / "none")
+    with pytest.raises(ValueError, match="fewer than one row of seq_len 100000"):
+        open_stream(seq_len=100_000)
+    with pytest.raises(ValueError, match="document 0 of .* ends with token 7, not with EOS 8"):
+        open_stream(eos_id=8)
+    with pytest.raises(ValueError, match="vocabulary ids 0..99: another tokenizer"):
+        open_stream(vocab_size=100).take(5)
+    content = Path(f"{corpus}.bin").read_bytes()
+    Path(f"{corpus}.bin").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="its index describes"):
+        open_stream()
+    Path(f"{corpus}.idx").write_bytes(b"not an index")
+    with pytest.raises(ValueError, match="not an index of documents"):
+        open_stream()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="document 1 has ids in 7..90000"):
+        write_corpus(tmp_path / "c", [[8], [90_000]], **KINDS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tool_run(tmp_path):
+    """The texts, the tokenizer's path and the tool's arguments for a run in which line 3 of a.jsonl is bad."""
+    texts = [text for _, text in sorted(topics.items())][:20]
+    model = train_sentencepiece(texts, tmp_path / "tok", vocab_size=400)
+    lines = [json.dumps({"body": text}) for text in texts]
+    lines.insert(2, '{"body": ""}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "b.txt").write_text("one\n\ndocument")
+    args = ["--output-prefix", tmp_path / "out" / "corpus", "--tokenizer", model, "--json-key", "body", "--workers", 2]
+    return texts, model, [str(arg) for arg in [*args, "--input", tmp_path / "a.jsonl", tmp_path / "b.txt"]]
+
+
+def test_the_tool_writes_the_documents_and_counts_what_it_skips(tmp_path, tool_run):
+    texts, model, args = tool_run
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_data.py"), *args, "--on-bad-record", "skip"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "kept 21 of 22 records, skipped 1 (1 empty text)" in done.stdout and "a.jsonl:3: empty text" in done.stdout
+    tokenizer, dataset = load_tokenizer(model), IndexedDataset(str(tmp_path / "out" / "corpus"))
+    assert [tokenizer.decode(dataset[i]) for i in range(len(dataset))] == [*texts, "one\n\ndocument"]
+    assert all(dataset[i][-1] == tokenizer.eos_id for i in range(len(dataset)))
+
+
+def test_the_tool_refuses_bad_input_with_its_line_and_leaves_nothing(tmp_path, tool_run, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = importlib.import_module("preprocess_data")
+    _, _, args = tool_run
+
+    def refusal(*more):
+        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *args, *map(str, more)])
+        with pytest.raises(SystemExit) as error:
+            tool.main()
+        return str(error.value)
+
+    way_out = "Write some text or remove the record."
+    assert refusal() == f'error: {tmp_path}/a.jsonl:3: empty text: "body" has no text. {way_out}'
+    assert f"{tmp_path}/missing.jsonl: missing file" in refusal("--input", tmp_path / "missing.jsonl")
+    (tmp_path / "b.txt").write_bytes(b"fine\nfine\nnot \xff fine\n")
+    assert f"{tmp_path}/b.txt:3: invalid UTF-8" in refusal("--input", tmp_path / "b.txt")
+    assert "c.md: unknown kind of file" in refusal("--input", "c.md")
+    assert "--workers is 0" in refusal("--workers", 0)
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "corpus.idx").write_text("mine")
+    assert "corpus.idx exists; choose another --output-prefix or give --overwrite" in refusal()

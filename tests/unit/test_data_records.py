@@ -1,0 +1,169 @@
+"""Records: each kind of bad input is refused with its line, or counted; nothing is dropped in silence."""
+
+import json
+import pickle
+
+import pytest
+
+from megarlhf.data.records import BadRecord, Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
+from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows
+
+
+def write(path, *lines):
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
+    return path
+
+
+GOOD_DEMONSTRATION = {"prompt": "p", "response": "r", "unknown": 1}
+GOOD_RANKING = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, 1]}
+GOOD = {read_demonstrations: GOOD_DEMONSTRATION, read_rankings: GOOD_RANKING, read_prompts: {"prompt": "p"}}
+
+BAD_ANYWHERE = [
+    (b'{"prompt": "x"\n', "broken JSON"),
+    (b'{"prompt": ' + b"[" * 100_000 + b"\n", "broken JSON"),
+    (b'{"prompt": ' + b"1" * 5000 + b"}\n", "broken JSON"),
+    (b'{"prompt": "\xff"}\n', "invalid UTF-8"),
+    (b'\xef\xbb\xbf{"prompt": "x"}\n', "broken JSON"),
+    (["prompt"], "not an object"),
+    (None, "not an object"),
+    ({}, "missing field"),
+    ({"Prompt": "x"}, "missing field"),
+    ({"prompt": 3}, "wrong type"),
+    ({"prompt": None}, "wrong type"),
+    ({"prompt": ""}, "empty text"),
+    ({"prompt": " \n"}, "empty text"),
+    ({"prompt": "\ud800"}, "invalid Unicode"),
+]
+BAD_DEMONSTRATIONS = [
+    ({"prompt": "x"}, "missing field"),
+    ({"prompt": "x", "response": ["r"]}, "wrong type"),
+    ({"prompt": "x", "response": ""}, "empty text"),
+]
+BAD_RANKINGS = [
+    ({"prompt": "x"}, "missing field"),
+    ({"prompt": "x", "responses": ["a", "b"]}, "missing field"),
+    ({"prompt": "x", "ranks": [1, 2]}, "missing field"),
+    ({"prompt": "x", "chosen": "a"}, "missing field"),
+    ({"prompt": "x", "rejected": "a"}, "missing field"),
+    ({"prompt": "x", "chosen": "a", "rejected": [{}]}, "wrong type"),
+    ({"prompt": "x", "chosen": "a", "rejected": ""}, "empty text"),
+    ({"prompt": "x", "responses": "ab", "ranks": [1, 2]}, "wrong type"),
+    ({"prompt": "x", "responses": ["a", 1], "ranks": [1, 2]}, "wrong type"),
+    ({"prompt": "x", "responses": ["a", ""], "ranks": [1, 2]}, "empty text"),
+    ({"prompt": "x", "responses": ["a"], "ranks": [1]}, "too few responses"),
+    ({"prompt": "x", "responses": [], "ranks": []}, "too few responses"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": 1}, "wrong type"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1]}, "wrong number of ranks"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2, 3]}, "wrong number of ranks"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [0, 1]}, "bad rank"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1.0, 2]}, "bad rank"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [True, 2]}, "bad rank"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": ["1", 2]}, "bad rank"),
+]
+BAD_PROMPTS = [({"prompt": "x", "id": True}, "wrong type"), ({"prompt": "x", "id": 1.5}, "wrong type")]
+CASES = [(read, *case) for read in GOOD for case in BAD_ANYWHERE]
+CASES += [(read_demonstrations, *case) for case in BAD_DEMONSTRATIONS]
+CASES += [(read_rankings, *case) for case in BAD_RANKINGS]
+CASES += [(read_prompts, *case) for case in BAD_PROMPTS]
+
+
+@pytest.mark.parametrize("read, bad, reason", CASES, ids=lambda value: str(getattr(value, "__name__", value))[:40])
+def test_a_bad_record_is_refused_with_its_line_or_counted(tmp_path, read, bad, reason):
+    path = write(tmp_path / "a.jsonl", GOOD[read], b"\n", GOOD[read], bad, GOOD[read])
+    with pytest.raises(BadRecord) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:4: {reason}: ")
+    assert error.value.way_out
+
+    records, report = read(path, on_bad_record="skip")
+    assert [record.source for record in records] == [f"{path}:{line}" for line in (1, 3, 5)]
+    assert (report.num_records, report.num_kept, report.num_skipped) == (4, 3, 1)
+    assert report.skipped_by_reason == {reason: 1}
+    assert report.examples == (str(error.value),)
+
+    with pytest.raises(BadRecord, match="no usable record.*kept 0 of 2.*a.jsonl:1"):
+        read(write(path, bad, bad), on_bad_record="skip")
+
+
+@pytest.mark.parametrize("read", GOOD)
+@pytest.mark.parametrize("on_bad_record", ["raise", "skip"])
+def test_files_without_records_are_refused(tmp_path, read, on_bad_record):
+    with pytest.raises(BadRecord, match="missing.jsonl: missing file"):
+        read(tmp_path / "missing.jsonl", on_bad_record=on_bad_record)
+    for content in (b"", b"\n \n"):
+        with pytest.raises(BadRecord, match="empty.jsonl: no record"):
+            read(write(tmp_path / "empty.jsonl", content), on_bad_record=on_bad_record)
+
+
+def test_good_records_come_back_whole(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": " p\n", "response": "\u00e9\r\n", "labeler": 3})
+    assert read_demonstrations(path)[0] == [Demonstration(" p\n", "\u00e9\r\n", f"{path}:1")]
+    path = write(tmp_path / "a.jsonl", GOOD_RANKING, {"prompt": "q", "chosen": "good", "rejected": "bad"})
+    records, report = read_rankings(path)
+    assert records == [Ranking("p", ("a", "b", "c"), (2, 1, 1), f"{path}:1"), Ranking("q", ("good", "bad"), (1, 2), f"{path}:2")]
+    assert str(report) == f"{path}: kept 2 of 2 records"
+    path = write(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q", "id": "x7"}, {"prompt": "r", "id": 8}, b'{"prompt": "no newline"}')
+    records, _ = read_prompts(path)
+    assert records[1:3] == [Prompt("q", f"{path}:2", "x7"), Prompt("r", f"{path}:3", 8)]
+    assert records[3].prompt == "no newline"
+
+
+def test_a_wrong_policy_is_refused_and_a_bad_record_can_be_pickled(tmp_path):
+    with pytest.raises(ValueError, match='"raise" or "skip"'):
+        read_prompts(write(tmp_path / "a.jsonl", {"prompt": "p"}), on_bad_record="ignore")
+    bad = BadRecord("a:1", "reason", "detail", "Way out.")
+    assert str(pickle.loads(pickle.dumps(bad))) == str(bad) == "a:1: reason: detail. Way out."
+
+
+class Letters:
+    """One token per letter; spaces give none."""
+
+    vocab_size, eos_id, pad_id = 128, 0, 1
+
+    def encode(self, text):
+        return [ord(character) for character in text if character != " "]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i > 1)
+
+
+def test_rows_hold_the_tokens_with_eos_up_to_the_very_limit():
+    limits = {"max_prompt_len": 3, "max_response_len": 3}
+    [row], report = demonstration_rows([Demonstration("abc", "de", "f:1")], Letters(), **limits)
+    assert (list(row.prompt_ids), list(row.response_ids), row.source) == ([97, 98, 99], [100, 101, 0], "f:1")
+    assert str(report) == "f: kept 1 of 1 records"
+    [row], _ = ranking_rows([Ranking("a", ("de", "f"), (2, 1), "f:1")], Letters(), **limits)
+    assert ([list(ids) for ids in row.response_ids], row.ranks) == ([[100, 101, 0], [102, 0]], (2, 1))
+    [row], _ = prompt_rows([Prompt("abc", "f:1", "x")], Letters(), max_prompt_len=3)
+    assert (list(row.prompt_ids), row.id) == ([97, 98, 99], "x")
+
+
+@pytest.mark.parametrize(
+    "prompt, response, reason",
+    [
+        ("abcd", "de", "prompt over limit"),
+        ("abc", "def", "response over limit"),  # three letters fit, their EOS does not
+        (" ", "de", "empty after tokenization"),
+        ("abc", " ", "empty after tokenization"),
+    ],
+)
+def test_rows_out_of_limits_are_refused_with_their_line_or_counted(prompt, response, reason):
+    limits = {"max_prompt_len": 3, "max_response_len": 3}
+    demonstrations = [Demonstration("a", "b", "f:1"), Demonstration(prompt, response, "f:2")]
+    rankings = [Ranking("a", ("b", "c"), (1, 2), "f:1"), Ranking(prompt, ("b", response), (1, 2), "f:2")]
+    for rows, records in ((demonstration_rows, demonstrations), (ranking_rows, rankings)):
+        with pytest.raises(BadRecord, match=f"^f:2: {reason}"):
+            rows(records, Letters(), **limits)
+        kept, report = rows(records, Letters(), **limits, on_bad_record="skip")
+        assert [row.source for row in kept] == ["f:1"]
+        assert report.skipped_by_reason == {reason: 1} and report.num_records == 2
+        with pytest.raises(BadRecord, match="^f: no usable record"):
+            rows(records[1:], Letters(), **limits, on_bad_record="skip")
+
+
+def test_prompts_out_of_limits_are_refused_or_counted():
+    records = [Prompt("a", "f:1"), Prompt("abcd", "g:7"), Prompt(" ", "g:8")]
+    with pytest.raises(BadRecord, match="^g:7: prompt over limit: the prompt has 4 tokens, more than max_prompt_len 3"):
+        prompt_rows(records, Letters(), max_prompt_len=3)
+    _, report = prompt_rows(records, Letters(), max_prompt_len=3, on_bad_record="skip")
+    assert str(report) == "f, g: kept 1 of 3 records, skipped 2 (1 empty after tokenization, 1 prompt over limit)"

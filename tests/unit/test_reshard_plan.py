@@ -1,0 +1,160 @@
+"""Reshard plans: every element once, from the nearest holder, by senders that share the work."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import parameter_specs, shards_held
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.resharding.plan import NODE_SIZE, plan_reshard
+
+SIZES = {"num_layers": 4, "hidden_size": 24, "num_heads": 12, "ffn_size": 48, "vocab_size": 300, "max_seq_len": 5}
+GPT2 = Architecture(num_kv_heads=12, **SIZES)
+LLAMA = Architecture(num_kv_heads=6, norm="rmsnorm", activation="swiglu", positions="rotary", bias=False, tied_embeddings=False, **SIZES)
+MODELS = [(GPT2, "lm"), (LLAMA, "lm"), (GPT2, "scalar"), (LLAMA, "scalar")]
+MODEL_IDS = ["tied", "llama", "scalar", "llama-scalar"]
+
+
+def layouts(num_ranks, *, architecture=GPT2):
+    """Every layout over `num_ranks` ranks that fits the architecture."""
+    a = architecture
+    sizes = {name: getattr(a, name) for name in ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "ffn_size", "padded_vocab_size")}
+    for tp, pp, virtual_pp in itertools.product(range(1, 9), range(1, 9), (1, 2)):
+        if num_ranks % (tp * pp) == 0:
+            layout = ParallelLayout.over(num_ranks, tp=tp, pp=pp, virtual_pp=virtual_pp)
+            if not layout.violations(**sizes):
+                yield layout
+
+
+def pairs(architecture):
+    """Some pairs of layouts over 1 to 8 ranks, always the same."""
+    for num_ranks in (1, 2, 3, 4, 6, 8):
+        every = list(itertools.product(layouts(num_ranks, architecture=architecture), repeat=2))
+        yield from random.Random(0).sample(every, min(len(every), 10))
+
+
+def whole_model(architecture, head):
+    """Canonical name -> full parameter; no two elements of the model are equal."""
+    start = 0
+    whole = {}
+    for spec in parameter_specs(architecture, head):
+        size = torch.Size(spec.shape).numel()
+        whole[spec.name] = torch.arange(start, start + size).view(spec.shape)
+        start += size
+    return whole
+
+
+def sharded(whole, architecture, head, layout):
+    """What each rank holds of the model, cut out of the full parameters."""
+    ranks = []
+    for rank in range(layout.num_ranks):
+        held = shards_held(architecture, head, layout, layout.coordinates(rank))
+        ranks.append({name: cut(whole[name], shard) for name, shard in held.items()})
+    return ranks
+
+
+def cut(full, shard):
+    if shard.spec.split_dim is None:
+        return full.clone()
+    index = torch.tensor([start + i for start in shard.starts for i in range(shard.size)])
+    return full.index_select(shard.spec.split_dim, index)
+
+
+def box(tensors, piece, start):
+    return tensors[piece.name].narrow(piece.dim, start, piece.size)
+
+
+@pytest.mark.parametrize(("architecture", "head"), MODELS, ids=MODEL_IDS)
+def test_every_element_arrives_once_and_only_what_is_not_held_is_sent(architecture, head):
+    whole = whole_model(architecture, head)
+    for source_layout, target_layout in pairs(architecture):
+        plan = plan_reshard(architecture, head, source_layout, target_layout)
+        source, expected = sharded(whole, architecture, head, source_layout), sharded(whole, architecture, head, target_layout)
+        for rank, wanted in enumerate(expected):
+            mine = plan.for_rank(rank)
+            target = {name: torch.full_like(tensor, -1) for name, tensor in wanted.items()}
+            writes = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+            for piece in mine.local + mine.receives:
+                assert piece.target == rank
+                box(target, piece, piece.target_start).copy_(box(source[piece.source], piece, piece.source_start))
+                box(writes, piece, piece.target_start).add_(1)
+            for name, tensor in wanted.items():
+                assert torch.equal(target[name], tensor), (source_layout, target_layout, rank, name)
+                assert (writes[name] == 1).all()
+            for piece in mine.receives:
+                if piece.name in source[rank]:
+                    assert not torch.isin(box(target, piece, piece.target_start), source[rank][piece.name]).any()
+
+
+@pytest.mark.parametrize(("architecture", "head"), MODELS, ids=MODEL_IDS)
+def test_both_ends_list_the_same_pieces_in_the_same_order_and_bytes_add_up(architecture, head):
+    shapes = {spec.name: spec.shape for spec in parameter_specs(architecture, head)}
+
+    def num_bytes(piece):
+        return 2 * piece.size * math.prod(shapes[piece.name]) // shapes[piece.name][piece.dim]
+
+    for source, target in pairs(architecture):
+        plan = plan_reshard(architecture, head, source, target)
+        ranks = [plan.for_rank(rank) for rank in range(source.num_ranks)]
+        for a, b in itertools.permutations(range(source.num_ranks), 2):
+            assert [piece for piece in ranks[a].sends if piece.target == b] == [piece for piece in ranks[b].receives if piece.source == a]
+
+        for rank, mine in enumerate(ranks):
+            assert plan.bytes_local(rank, element_size=2) == sum(map(num_bytes, mine.local))
+            assert plan.bytes_sent(rank, element_size=2) == sum(map(num_bytes, mine.sends))
+            assert plan.bytes_received(rank, element_size=2) == sum(map(num_bytes, mine.receives))
+
+
+@pytest.mark.parametrize(("architecture", "head"), MODELS, ids=MODEL_IDS)
+def test_ranks_that_hold_the_same_send_about_the_same(architecture, head):
+    for source, target in pairs(architecture):
+        plan = plan_reshard(architecture, head, source, target)
+        sent = [plan.bytes_sent(rank, element_size=1) for rank in range(source.num_ranks)]
+        for replicas in source.peers("dp"):
+            messages = [route.elements for route in plan.routes if route.source in replicas and route.source != route.target]
+            assert max(sent[rank] for rank in replicas) - min(sent[rank] for rank in replicas) <= max(messages, default=0)
+
+
+def test_same_layout_sends_nothing():
+    for layout in layouts(8):
+        plan = plan_reshard(GPT2, "lm", layout, layout)
+        assert all(plan.bytes_received(rank, element_size=1) == 0 for rank in range(8))
+
+
+def test_a_holder_on_the_same_node_is_preferred():
+    architecture = Architecture(**{**SIZES, "hidden_size": 32, "num_heads": 16, "ffn_size": 64}, num_kv_heads=16)
+    source, target = ParallelLayout(tp=8, dp=4), ParallelLayout(tp=2, dp=16)
+    plan = plan_reshard(architecture, "lm", source, target)
+    assert all(route.source // NODE_SIZE == route.target // NODE_SIZE for route in plan.routes)
+
+
+def test_holders_on_other_nodes_share_the_work():
+    # stage 0 is on nodes 0 and 1, stage 1 on nodes 2 and 3; everyone ends with everything
+    plan = plan_reshard(GPT2, "scalar", ParallelLayout(tp=4, pp=2, dp=4), ParallelLayout(tp=4, dp=8))
+    sent = [plan.bytes_sent(rank, element_size=1) for rank in range(32)]
+    assert sum(sent) == sum(plan.bytes_received(rank, element_size=1) for rank in range(32))
+    assert len(set(sent[:16])) == 1 and len(set(sent[16:])) == 1
+
+
+def test_buckets_hold_each_parameter_once_within_their_bytes():
+    source, target = ParallelLayout(tp=2, pp=2, dp=2, virtual_pp=2), ParallelLayout(tp=1, pp=1, dp=8)
+    plan = plan_reshard(LLAMA, "lm", source, target)
+    sizes = {spec.name: 4 for spec in parameter_specs(LLAMA, "lm")}
+    max_bytes = 40_000
+    buckets = plan.buckets(sizes, max_bytes=max_bytes)
+    assert sorted(itertools.chain(*buckets)) == sorted(sizes)
+    for bucket, rank, layout in itertools.product(buckets, range(8), (source, target)):
+        held = shards_held(LLAMA, "lm", layout, layout.coordinates(rank))
+        assert len(bucket) == 1 or sum(4 * torch.Size(held[name].shape).numel() for name in bucket if name in held) <= max_bytes
+    assert 1 < len(buckets) < len(sizes)
+    both_stages = [bucket for bucket in buckets if {name.split(".")[2] for name in bucket if ".layers." in name} & {"0", "1"} == {"0", "1"}]
+    assert both_stages, "stages take turns, so that all of them send"
+
+
+def test_layouts_over_different_ranks_are_refused():
+    with pytest.raises(ValueError, match="over the same ranks: tp2 pp1 dp1 has 2 ranks, tp1 pp1 dp1 has 1"):
+        plan_reshard(GPT2, "lm", ParallelLayout(tp=2), ParallelLayout())

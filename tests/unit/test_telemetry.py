@@ -1,0 +1,256 @@
+"""Metrics, timers, sinks, progress, samples and tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from megarlhf.telemetry.metrics import Metrics
+from megarlhf.telemetry.progress import Progress
+from megarlhf.telemetry.samples import SampleLog
+from megarlhf.telemetry.sinks import JsonlSink, make_sinks
+from megarlhf.telemetry.tables import format_table
+from megarlhf.telemetry.timers import Timers
+
+
+def records(path):
+    """The records of a JSON-lines file, read by a parser that knows no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# Metrics and timers
+
+
+def test_means_are_sums_over_counts_however_the_observations_are_split():
+    observations = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metrics = Metrics()
+    for part in observations.split([1, 9, 290, 700]):
+        metrics.update({"kl": (part.sum(), torch.tensor(len(part)))}, prefix="policy/")
+        metrics.add("reward", part.sum().item(), len(part))
+    metrics.add("clip", torch.tensor(0.0), torch.tensor(0))
+    metrics.add("empty", 0.0, 0)
+    metrics.set("lr", 1e-5)
+    metrics.set("lr", 2e-5)
+    metrics.set("scale", torch.tensor(4.0))
+    means = metrics.means()
+    assert means == pytest.approx({"policy/kl": observations.mean().item(), "reward": observations.mean().item(), "lr": 2e-5, "scale": 4.0})
+    assert all(type(value) is float for value in means.values())
+    assert metrics.means() == means
+
+
+def test_metrics_keep_what_they_were_given_and_add_up_in_float64():
+    metrics, total = Metrics(), torch.tensor(1.0, requires_grad=True)
+    metrics.add("x", total * 2**24, 1)
+    with torch.no_grad():
+        total.fill_(0.0)
+    for _ in range(3):
+        metrics.add("x", torch.tensor(1.0), 0)
+    assert metrics.means() == {"x": 2**24 + 3}, "float32 cannot hold 2 ** 24 + 1"
+
+
+def test_metrics_do_not_read_the_device_before_means(monkeypatch):
+    def synced(*_):
+        raise AssertionError("host read")
+
+    metrics = Metrics()
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, synced)
+        metrics.add("loss", torch.tensor(6.0), torch.tensor(4))
+        metrics.add("loss", 2.0, torch.tensor(4))
+        metrics.set("norm", torch.tensor(3.0))
+    assert metrics.means() == {"loss": 1.0, "norm": 3.0}
+
+
+def test_timers_accumulate_and_start_afresh():
+    clock = iter([0, 1, 10, 12, 20, 25])
+    calls = []
+    timers = Timers(synchronize=lambda: calls.append(1))
+    timers._now = lambda now=timers._now: (now(), next(clock))[1]
+    for name in ("generate_seconds", "generate_seconds", "update_seconds"):
+        with timers(name):
+            pass
+    assert timers.collect() == {"generate_seconds": 3, "update_seconds": 5}
+    assert timers.collect() == {}
+    assert len(calls) == 6, "the device must be waited for at both ends of each phase"
+
+
+def test_timers_do_not_count_a_phase_that_fails():
+    timers = Timers()
+    with pytest.raises(KeyError), timers("x"):
+        raise KeyError
+    assert timers.collect() == {}
+
+
+# Sinks and samples
+
+
+def test_jsonl_lines_are_standard_json_and_flushed(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write("ppo", 1, {"reward": 0.5, "loss": math.nan, "kl": -math.inf})
+    assert records(path) == [
+        {"stage": "ppo", "step": 1, "reward": 0.5, "loss": None, "kl": None, "nonfinite": {"loss": "nan", "kl": "-inf"}}
+    ]
+    sink.close()
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_one_would(tmp_path):
+    def write(sink, stage, steps):
+        for step in steps:
+            sink.write(stage, step, {"loss": 1 / step})
+
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    sink = JsonlSink(whole)
+    write(sink, "sft", range(1, 6))
+    write(sink, "ppo", range(1, 6))
+
+    sink = JsonlSink(resumed)
+    write(sink, "sft", range(1, 6))
+    write(sink, "ppo", range(1, 4))
+    sink.close()
+    with resumed.open("a") as file:
+        file.write('{"stage": "ppo", "st')  # killed while writing
+    sink = JsonlSink(resumed)
+    sink.truncate_after("ppo", 2)
+    sink.truncate_after("ppo", 2)
+    write(sink, "ppo", range(3, 6))
+    assert resumed.read_text() == whole.read_text()
+    assert sorted(tmp_path.iterdir()) == [resumed, whole], "no temporary file may be left"
+
+
+def test_truncation_refuses_a_file_it_cannot_read_and_leaves_it_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"stage": "ppo", "step": 9}\nhello\n{"stage": "ppo", "step": 10}\n'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*'hello"):
+        JsonlSink(path).truncate_after("ppo", 1)
+    assert path.read_text() == text
+
+
+def test_samples_survive_any_text_and_truncate(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    log = SampleLog(path)
+    awkward = "line\nline\u2028 \u00e9 \ud800 \x00"
+    log.write("ppo", 1, prompt=awkward, response="", score=math.inf)
+    log.write("ppo", 2, prompt="p", response="r", kl=0.5)
+    log.truncate_after("ppo", 1)
+    log.write("ppo", 2, prompt="q", response="r")
+    assert records(path) == [
+        {"stage": "ppo", "step": 1, "prompt": awkward, "response": "", "score": None, "nonfinite": {"score": "inf"}},
+        {"stage": "ppo", "step": 2, "prompt": "q", "response": "r"},
+    ]
+
+
+def test_make_sinks_names_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown sink 'tensorbord'; did you mean 'tensorboard'"):
+        make_sinks(["jsonl", "tensorbord"], tmp_path)
+    for kind, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"the sink '{kind}' needs {kind}, .*pip install {kind}"):
+            make_sinks([kind], tmp_path)
+
+
+def test_wandb_gets_one_run_per_folder_and_one_step_axis_per_stage(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def define_metric(self, name, step_metric):
+            calls.append(("define", name, step_metric))
+
+        def log(self, values):
+            calls.append(("log", values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    def init(**settings):
+        calls.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for _ in range(2):
+        (sink,) = make_sinks(["wandb"], tmp_path, project="p", name="n", wandb_mode="online")
+        sink.write("sft", 7, {"loss": 0.5})
+        sink.write("sft", 8, {"loss": 0.25})
+        sink.close()
+    first, second = calls[:5], calls[5:]
+    assert first == second, "a resumed run must be the same run"
+    assert first[0] == {"project": "p", "name": "n", "dir": str(tmp_path), "mode": "online", "id": first[0]["id"], "resume": "allow"}
+    assert first[1:] == [
+        ("define", "sft/*", "sft/step"),
+        ("log", {"sft/step": 7, "sft/loss": 0.5}),
+        ("log", {"sft/step": 8, "sft/loss": 0.25}),
+        ("finish",),
+    ]
+
+
+def test_tensorboard_reads_a_resumed_stage_without_duplicates(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for truncate, steps in ((None, range(1, 6)), (2, range(3, 5))):
+        (sink,) = make_sinks(["tensorboard"], tmp_path)
+        if truncate is not None:
+            sink.truncate_after("ppo", truncate)
+        for step in steps:
+            sink.write("ppo", step, {"loss": float(step)})
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+# Progress and tables
+
+
+def test_progress_in_a_log_is_a_line_now_and_then():
+    now = [0.0]
+    stream = io.StringIO()
+    with Progress("ppo", 100, initial=50, stream=stream, interval_seconds=30, clock=lambda: now[0]) as progress:
+        for _ in range(50):
+            now[0] += 20
+            progress.update()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "ppo 51/100  0:00:20 passed, 0:16:20 left", "steps before the resume must not count towards the pace"
+    assert len(lines) == 26, "at 20 s a step every second step is 30 s after the last line, and the final one always shows"
+    assert lines[-1] == "ppo 100/100  0:16:40 passed, 0:00:00 left"
+
+
+def test_progress_shows_metrics_and_is_silent_when_disabled():
+    stream = io.StringIO()
+    Progress("sft", 10, stream=stream).update({"loss": 1 / 3, "tokens": 12345.0})
+    assert stream.getvalue().endswith("  loss 0.3333  tokens 1.234e+04\n")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with Progress("sft", 10, stream=stream, enabled=False) as progress:
+        progress.update({"loss": 1.0})
+    assert stream.getvalue() == ""
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with Progress("sft", 10, initial=4, stream=stream) as progress:
+        progress.update({"loss": 1 / 3}, steps=6)
+    last = stream.getvalue().rstrip().split("\r")[-1]
+    assert last.startswith("sft: 100%") and "10/10" in last and "loss=0.3333" in last
+
+
+def test_tables_align_numbers_right_and_text_left():
+    text = format_table(["model", "win rate", "n"], [["policy", 0.5, 12], ["reference", None, 3]])
+    assert text.splitlines() == [
+        "model      win rate   n",
+        "---------  --------  --",
+        "policy          0.5  12",
+        "reference         -   3",
+    ]
