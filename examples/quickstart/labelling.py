@@ -41,8 +41,8 @@ def on_topic(prompt: str, said: Sequence[str]) -> float:
     told = [[False] * len(part) for part in parts]
     for word in set(said) - {"the", "and", "for", "with", "that", "this", "from"}:
         for part, letters in zip(parts, told, strict=True):
-            for length in range(min(len(word), len(part)), min(len(word), len(part), 4) - 1, -1):  # the longest stem in common
-                if length >= 3 and (start := part.find(word[:length])) >= 0:
+            for length in range(min(len(word), len(part)), max(2, min(len(word), len(part), 4) - 1), -1):  # the longest common stem
+                if (start := part.find(word[:length])) >= 0:
                     letters[start : start + length] = [True] * length
                     break
     return min(1.0, sum(map(sum, told)) / max(1, 0.75 * sum(map(len, parts))))

@@ -51,6 +51,7 @@ class UpdateResult:
     skipped: bool
     """The gradients were not finite: no weight changed."""
     loss_scale: float
+    """From here on."""
 
 
 class Optimizer:
@@ -76,6 +77,7 @@ class Optimizer:
             bf16=spec.precision == "bf16",
             fp16=spec.precision == "fp16",
             initial_loss_scale=settings.initial_loss_scale,
+            hysteresis=1,  # the first overflow halves the loss scale
             params_dtype=transformers[0].config.params_dtype,
             use_distributed_optimizer=True,
         )

@@ -17,7 +17,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megarlhf.models.transformer import Transformer
+from megarlhf.parallel import platform
 from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.layout import ParallelLayout
 
 Result = TypeVar("Result")
 Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
@@ -27,6 +29,20 @@ Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
 def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
     """megatron's finalize_model_grads without its division by tokens."""
     finalize_model_grads(chunks, None, *args, **kwargs)
+
+
+def schedule_violations(layout: ParallelLayout) -> list[str]:
+    """Every way in which the schedules cannot run a layout here, whatever the model, as sentences.
+
+    With two stages the next and the previous one are the same rank. gloo pairs the messages between two ranks in the
+    order in which they were posted, so that interleaved stages would take each other's activations and gradients.
+    """
+    if layout.virtual_pp > 1 and layout.pp == 2 and platform.backend() == "gloo":
+        return [
+            f"pp 2 with virtual_pp {layout.virtual_pp} cannot run on gloo: next and previous stage are one rank, whose messages gloo pairs "
+            "in the order they were posted, so activations and gradients would be taken for each other; use virtual_pp 1, or pp > 2"
+        ]
+    return []
 
 
 def run_schedule(

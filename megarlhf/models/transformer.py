@@ -64,15 +64,17 @@ class Transformer(GPTModel):
             weight.shared_embedding = self.share_embeddings_and_output_weights and self.config.pipeline_model_parallel_size > 1
 
     def full_hidden(self, hidden: Tensor) -> Tensor:
-        """Hidden states [seq, batch, h] ready for a vocabulary-parallel head, gathered under sequence parallelism."""
-        tp = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
-        return copy_to_tensor_model_parallel_region(hidden, group=tp)
+        """Hidden states [seq (/ tp), batch, h] of all positions [seq, batch, h]: gathered under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., h] of `full_hidden` -> [..., padded_vocab / tp], this rank's shard of the vocabulary."""
+        """[n, h] chosen from `full_hidden` -> [n, padded_vocab / tp], this rank's shard of the vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if not self.config.sequence_parallel:
+            # Its backward sums over tp, but only where the gradient is contiguous: so here, on the rows that F.linear reads.
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
         return F.linear(hidden, weight)
 
     def scalars(self, hidden: Tensor) -> Tensor:

@@ -73,14 +73,15 @@ class ModelGroups:
 class World:
     """All processes of a run, and the process groups that were made over them so far.
 
-    Every rank asks for the same layouts in the same order: making a group is a collective of the whole world.
+    Every rank asks for the same layouts in the same order: making a group is a collective of its members.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    _groups: dict[tuple[int, int, int], ModelGroups] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    """The groups that this rank is in, by their ranks: axes and layouts with the same peers share one."""
 
     @staticmethod
     def connect(*, timeout_minutes: float = 30.0) -> World:
@@ -107,15 +108,8 @@ class World:
         return ParallelLayout.over(self.size, tp=tp, pp=pp, virtual_pp=virtual_pp, sequence_parallel=sequence_parallel)
 
     def groups(self, layout: ParallelLayout) -> ModelGroups:
-        """The process groups of `layout`, made once for each (tp, pp, dp)."""
+        """The process groups of `layout`; those that were made before are used again."""
         assert layout.num_ranks == self.size
-        key = (layout.tp, layout.pp, layout.dp)
-        if key not in self._groups:
-            self._groups[key] = self._make_groups(layout)
-        made = self._groups[key]
-        return ModelGroups(**{**vars(made), "layout": layout})
-
-    def _make_groups(self, layout: ParallelLayout) -> ModelGroups:
         ends = [[ranks[0], ranks[-1]] for ranks in layout.peers("pp")] if layout.pp > 1 else []
         return ModelGroups(
             layout=layout,
@@ -132,14 +126,15 @@ class World:
         )
 
     def _group_of_peers(self, peers: list[list[int]]) -> dist.ProcessGroup | None:
-        if peers and len(peers[0]) == self.size:
+        """This rank's group among disjoint ones; None where it is in none of them."""
+        mine = next((tuple(ranks) for ranks in peers if self.rank in ranks), None)
+        if mine is None:
+            return None
+        if len(mine) == self.size:
             return dist.group.WORLD
-        mine = None
-        for ranks in peers:
-            group = dist.new_group(ranks)
-            if self.rank in ranks:
-                mine = group
-        return mine
+        if mine not in self._groups:
+            self._groups[mine] = dist.new_group(list(mine), use_local_synchronization=True)
+        return self._groups[mine]
 
     def barrier(self) -> None:
         """Wait for every rank."""

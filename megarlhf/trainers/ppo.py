@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from megarlhf.config.stages import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.data.pretraining import PretrainingStream
-from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.data.tokenized import PromptRow
+from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
 from megarlhf.evaluation.responses import ResponseJudge, generate
@@ -54,30 +55,28 @@ class ProximalPolicyOptimization:
 
     shown = ("rollout/reward_mean", "rollout/kl", "ptx/loss")
 
-    def __init__(self, config: PpoConfig, world: World) -> None:
+    def __init__(
+        self, config: PpoConfig, world: World, tokenizer: Tokenizer, prompts: Sequence[PromptRow], valid: Sequence[PromptRow] = ()
+    ) -> None:
+        """Build the four models and the generator; `valid` are the prompts of evaluations, if any."""
         self.config = config
         self.settings = config.ppo
         self.kl_coef = config.ppo.kl_coef
-        data = config.data
-        self.tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
-        self.records = Records(self.tokenizer, config.limits)
-        self.prompts = self.records.prompts(data.prompts)
-        valid = self.records.prompts(data.prompts_valid) if data.prompts_valid else []
-        self.roles = PpoModels.build(config, world, self.tokenizer)
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.roles = PpoModels.build(config, world, tokenizer)
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
-        self.generator = PolicyGenerator(self.roles, self.tokenizer)
+        self.generator = PolicyGenerator(self.roles, tokenizer)
 
-        ids = {"eos_id": self.tokenizer.eos_id, "vocab_size": self.tokenizer.vocab_size}
-        self.order = ShuffledOrder(len(self.prompts), seed=config.run.seed)
+        data, ids = config.data.pretraining, {"eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
+        self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
         self.text = None
         if self.settings.ptx_coef:
-            self.text = PretrainingStream(data.pretraining.prefix, seq_len=data.pretraining.seq_len, seed=config.run.seed, **ids)
-        self.held_out = HeldOutText.of(data.pretraining, **ids)
-        self.judge = self._judge(prompt_batch(valid, pad_id=self.tokenizer.pad_id)) if valid else None
+            self.text = PretrainingStream(data.prefix, seq_len=data.seq_len, seed=config.run.seed, **ids)
+        self.held_out = HeldOutText.of(data, **ids)
+        self.judge = self._judge(prompt_batch(valid, pad_id=tokenizer.pad_id)) if valid else None
         self.total_steps = self.settings.iterations
         self.timers = Timers(platform.synchronize)
-        self.last_rollouts: Rollouts | None = None
-        self.last_scores: Tensor | None = None
 
     def step(self, number: int) -> dict[str, float]:
         """One iteration: section 3.5's loop, Appendix C.4's numbers."""
@@ -136,7 +135,6 @@ class ProximalPolicyOptimization:
         """Scores, log-probabilities and values of an iteration's rollouts."""
         roles, mask = self.roles, rollouts.response_mask
         scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
-        self.last_rollouts, self.last_scores = rollouts, scores
         return Judgement(
             scores=scores,
             logprobs=roles.policy.logprobs(rollouts, mask),
@@ -144,7 +142,7 @@ class ProximalPolicyOptimization:
             values=roles.value.values(rollouts, mask),
         )
 
-    def minibatches(self, experience: Experience, iteration: int):
+    def minibatches(self, experience: Experience, iteration: int) -> Iterator[Experience]:
         """Random minibatches, `epochs` times over, in an order that only the seed and the iteration decide."""
         for epoch in range(self.settings.epochs):
             key = derive_seed(self.config.run.seed, "minibatches", iteration, epoch)
@@ -236,9 +234,13 @@ class ProximalPolicyOptimization:
 
 def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf ppo`."""
-    stage = ProximalPolicyOptimization(config, world)
+    tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
+    records = Records(tokenizer, config.limits)
+    prompts = records.prompts(config.data.prompts)
+    valid = records.prompts(config.data.prompts_valid) if config.data.prompts_valid else []
+    stage = ProximalPolicyOptimization(config, world, tokenizer, prompts, valid)
     run = Run(config, world, fresh=fresh)
-    for line in stage.records.skipped():
+    for line in records.skipped():
         run.say(line)
     try:
         return run_stage(stage, run)

@@ -93,7 +93,7 @@ class RankProcesses:
                 name = f"{check.__module__}.{check.__qualname__}"
                 raise RanksFailed(f"{name} on {world_size} ranks\n{self._report(failures, answers, world_size, timeout)}")
         except BaseException:
-            self._end(at_once=True)
+            self._end()
             raise
         return [pickle.loads(answers[rank]) for rank in range(world_size)]
 
@@ -147,22 +147,19 @@ class RankProcesses:
     def _stack_file(self, rank: int) -> Path:
         return Path(self._folder.name) / f"stack{rank}"
 
-    def _end(self, at_once: bool = False) -> None:
-        """End all processes: by closing their pipes, or at once."""
+    def _end(self) -> None:
+        """End all processes. They have nothing to put away, so at once."""
         for process, pipe in zip(self._processes, self._pipes, strict=True):
-            pipe.close()
-            if at_once:
-                process.kill()
-        for process in self._processes:
-            process.join(10.0)
             process.kill()
+            pipe.close()
+        for process in self._processes:
             process.join()
         self._processes.clear()
         self._pipes.clear()
 
 
 def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
-    """One rank's process: runs job after job until the pipe closes."""
+    """One rank's process: runs job after job until it is ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -172,10 +169,7 @@ def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
     pipe.send_bytes(b"ready")
     with stack_file.open("w") as stack:
         while True:
-            try:
-                job = pipe.recv_bytes()
-            except EOFError:
-                return
+            job = pipe.recv_bytes()
             try:
                 answer = (True, _run(job, rank, stack))
             except BaseException:

@@ -24,7 +24,8 @@ ROOMS = (
     ("resharding",),
     ("engine", "generation"),
     ("trainers", "evaluation"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -1,0 +1,61 @@
+"""The quickstart's closing table: every policy against the SFT baseline, and samples before and after PPO-ptx."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from labelling import preference, read_pairs, score, win_rate
+
+from megarlhf.telemetry.tables import format_table
+
+MODELS = {"SFT baseline": "sft", "PPO start": "ppo_init", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
+
+
+def main() -> None:
+    """Read every policy's evaluation and print the table and the samples."""
+    parser = argparse.ArgumentParser(description="Compare the quickstart's policies.")
+    parser.add_argument("--runs", type=Path, required=True, help="the quickstart's folder of runs")
+    parser.add_argument("--pairs", type=Path, required=True, help="pairs.txt, written by make_data.py")
+    args = parser.parse_args()
+    pairs = read_pairs(args.pairs)
+    responses, metrics = {}, {}
+    for folder in MODELS.values():
+        path = args.runs / "evaluation" / folder
+        responses[folder] = [json.loads(line) for line in (path / "responses.jsonl").read_text().splitlines()]
+        metrics[folder] = json.loads((path / "evaluation.json").read_text())
+
+    rows = []
+    for name, folder in MODELS.items():
+        against = zip(responses[folder], responses["sft"], strict=True)
+        judged = [preference(a["prompt"], a["response"], b["response"], pairs) for a, b in against]
+        rate, low, high = win_rate(judged)
+        label = sum(score(r["prompt"], r["response"], pairs) for r in responses[folder]) / len(responses[folder])
+        m = metrics[folder]
+        rows.append(
+            (
+                name,
+                "-" if folder == "sft" else f"{rate:.3f} [{low:.3f}, {high:.3f}]",
+                f"{label:.2f}",
+                f"{m['valid/reward_mean']:+.3f}",
+                f"{m['valid/kl']:.2f}",
+                f"{m['valid/text_loss']:.3f}",
+                f"{m['valid/response_len']:.1f}",
+                f"{m['valid/finished_fraction']:.2f}",
+            )
+        )
+    header = ("model", "win rate against SFT [95 %]", "rule", "reward", "KL", "text loss", "tokens", "ended")
+    count = len(responses["sft"])
+    print(f"\n{count} validation prompts, one response each at temperature 1, PPO and PPO-ptx with averaged weights.")
+    print("rule: the labelling rule's score, 0 to 6; KL in nats per response against the PPO start; text loss in nats per token")
+    print(format_table(header, rows))
+    print("\nThree prompts, before (SFT baseline) and after (PPO-ptx):")
+    for before, after in list(zip(responses["sft"], responses["ppo_ptx"], strict=True))[: 3 * 40 : 40]:
+        print(f"\n  {before['prompt'].strip()}")
+        print(f"    SFT      {before['response'].strip()!r}  reward {before['reward']:+.2f}")
+        print(f"    PPO-ptx  {after['response'].strip()!r}  reward {after['reward']:+.2f}")
+
+
+if __name__ == "__main__":
+    main()

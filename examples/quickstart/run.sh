@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# InstructGPT in minutes, on two CPU cores: data from Python's own documentation, a base model, the SFT baseline, the model PPO
+# starts from, the reward model, PPO-ptx and plain PPO, and a closing table. Two ranks over gloo; no GPU, no downloads, no accounts.
+#
+#   bash examples/quickstart/run.sh           everything, into runs/quickstart (an interrupted run goes on where it was)
+#   bash examples/quickstart/run.sh --smoke   the same path with a few steps of each stage, into runs/quickstart-smoke
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=examples/quickstart
+runs=runs/quickstart
+smoke=no
+if [ "${1:-}" = --smoke ]; then smoke=yes runs=runs/quickstart-smoke; rm -rf "$runs"; fi
+
+python=$(bash tests/install.sh)
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+data=$runs/data
+started=$SECONDS
+
+stage() { # stage COMMAND CONFIG key=value...: one stage on two ranks
+  local command=$1 config=$2
+  shift 2
+  "$python" -m torch.distributed.run --standalone --nproc_per_node 2 -m megarlhf "$command" --config "$here/$config" \
+    "tokenizer.path=$data/tokenizer.model" "$@"
+}
+
+few() { # the overrides that follow, in the short form only
+  if [ "$smoke" = yes ]; then printf '%s\n' "$@"; fi
+}
+
+if [ ! -f "$data/corpus.idx" ]; then
+  echo "== data"
+  mkdir -p "$data"
+  "$python" $here/make_data.py --output "$data" --tokenizer-vocab 1024
+  for text in corpus_heldout corpus; do
+    "$python" tools/preprocess_data.py --input "$data/$text.jsonl" --output-prefix "$data/$text" --tokenizer "$data/tokenizer.model"
+  done
+fi
+demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demonstrations_valid.jsonl")
+text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")
+
+echo "== base model"
+stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" $(few steps=4)
+echo "== SFT baseline"
+stage sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" $(few epochs=1 batch_size=256)
+echo "== the model that PPO starts from"
+stage sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" $(few epochs=1 batch_size=256)
+echo "== reward model"
+stage reward reward.yaml run.dir="$runs/reward" model.load="$runs/base" data.train="$data/rankings.jsonl" \
+  data.valid="$data/rankings_valid.jsonl" data.demonstrations="$data/demonstrations_valid.jsonl" $(few batch_size=256)
+
+models=(policy.load="$runs/ppo_init" reference.load="$runs/ppo_init" reward.load="$runs/reward" value.load="$runs/reward")
+prompts=(data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
+echo "== PPO-ptx"
+stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2)
+echo "== plain PPO"
+stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2)
+
+echo "== evaluation"
+for model in sft ppo_init ppo ppo_ptx; do
+  "$python" -m megarlhf evaluate --config $here/evaluate.yaml "tokenizer.path=$data/tokenizer.model" model.load="$runs/$model" \
+    run.dir="$runs/evaluation/$model" reward.load="$runs/reward" reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" \
+    text.valid_prefix="$data/corpus_heldout" >"$runs/$model.evaluation.log" 2>&1 || { cat "$runs/$model.evaluation.log"; exit 1; } &
+  if [ "$model" = ppo_init ]; then wait; fi
+done
+wait
+"$python" $here/report.py --runs "$runs" --pairs "$data/pairs.txt"
+echo "== quickstart: done in $((SECONDS - started)) s after the installation; everything is in $runs"

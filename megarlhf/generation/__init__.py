@@ -1,0 +1,1 @@
+"""Sampling responses inside the trainer, from the trainer's own weights and layouts."""

@@ -1,0 +1,116 @@
+"""Sampling one token per row from vocabulary-parallel logits, with noise that no layout can change.
+
+The noise of a (seed, iteration, sample, position, vocabulary id) is a hash of these numbers. With the Gumbel-max trick
+each tensor-parallel rank scores its own shard of the vocabulary, and only each shard's best (score, id) is compared: the
+same token whatever tp, pp, dp or batching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarlhf.parallel.pipeline import gather_over_tensor_parallel
+from megarlhf.parallel.vocab import first_vocab_id
+
+GOLDEN = -7046029254386353131
+"""2**64 / golden ratio as a signed number: the increment of splitmix64 (Steele, Lea and Flood 2014)."""
+MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
+"""splitmix64's shifts and multipliers, signed."""
+EXCLUDED = -torch.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """What logits are divided by; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Only the k most likely tokens of the whole vocabulary; None: all."""
+    top_p: float | None = None
+    """Only the smallest set of most likely tokens with this probability; None: all."""
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature at which log-probabilities are reported: that of the sampling, 1 when it is greedy."""
+        return self.temperature or 1.0
+
+
+def mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, element by element: a bijection whose output bits look random."""
+    for shift, factor in MIX:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, a function of its arguments alone.
+
+    Args: samples, positions [batch] int64; vocab_ids [shard] int64.
+    Returns: [batch, shard] float64, never infinite.
+    """
+    key = torch.full_like(samples, seed)
+    for part in (torch.full_like(samples, iteration), samples, positions):
+        key = mixed(key + GOLDEN) ^ part
+    bits = mixed(mixed(key + GOLDEN)[:, None] + vocab_ids * GOLDEN)
+    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53  # in (0, 1)
+    return -(-uniform.log()).log()
+
+
+def sample_tokens(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    tp: dist.ProcessGroup | None,
+    seed: int,
+    iteration: int,
+    samples: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """One token per row, the same on all tensor-parallel ranks; equal scores go to the smallest id.
+
+    Args:
+        logits: [batch, padded_vocab / tp], this rank's shard.
+        samples: [batch] int64, the numbers of the samples within the iteration.
+        positions: [batch] int64, the positions that the tokens will stand at.
+
+    Returns: [batch] int64.
+    """
+    first = first_vocab_id(logits.shape[-1], tp)
+    ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
+    scores = torch.where(ids < vocab_size, logits.double() / sampling.logprob_temperature, EXCLUDED)
+    if sampling.temperature:
+        scores = _truncated(scores, sampling, tp)
+        scores = scores + gumbel_noise(seed, iteration, samples, positions, ids)
+    best, local = scores.max(dim=-1)
+    bests = gather_over_tensor_parallel(best, tp)  # [tp, batch]
+    winners = gather_over_tensor_parallel(ids[local], tp)
+    return winners.gather(0, bests.max(dim=0).indices.unsqueeze(0)).squeeze(0)
+
+
+def _truncated(scores: Tensor, sampling: Sampling, tp: dist.ProcessGroup | None) -> Tensor:
+    """Scores [batch, shard] with what top_k and top_p leave out excluded."""
+    if sampling.top_k is not None:
+        k = min(sampling.top_k, scores.shape[-1])
+        candidates = _side_by_side(scores.topk(k, dim=-1).values, tp)
+        threshold = candidates.topk(min(sampling.top_k, candidates.shape[-1]), dim=-1).values[:, -1:]
+        scores = torch.where(scores >= threshold, scores, EXCLUDED)
+    if sampling.top_p is not None:
+        ordered = _side_by_side(scores, tp).sort(dim=-1, descending=True).values  # the whole vocabulary, on every tp rank
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        kept = torch.where(before < sampling.top_p, ordered, torch.inf)
+        scores = torch.where(scores >= kept.min(dim=-1, keepdim=True).values, scores, EXCLUDED)
+    return scores
+
+
+def _side_by_side(shard: Tensor, tp: dist.ProcessGroup | None) -> Tensor:
+    gathered = gather_over_tensor_parallel(shard, tp)  # [tp, batch, n]
+    return gathered.permute(1, 0, 2).reshape(shard.shape[0], -1)
+
+

@@ -1,0 +1,366 @@
+"""The engine: whatever the layout, the micro-batches and the recomputation, the same outputs, losses, gradients and weights."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megarlhf.batch import TextBatch
+from megarlhf.engine.frozen import FrozenEngine
+from megarlhf.engine.optimizer import AdamSettings
+from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term
+from megarlhf.parallel.groups import World
+from megarlhf.parallel.layout import ParallelLayout
+from tests.distributed.training import (
+    ADAM,
+    LEARNING_RATE,
+    SPECS,
+    assembled,
+    build,
+    dense_objective,
+    dense_outputs,
+    experience,
+    fill,
+    local_weights,
+    rankings,
+    terms_of,
+    texts,
+)
+
+STEPS = 3
+SP = {"sequence_parallel": True}
+LAYOUTS_OF_TWO = [{}, {"tp": 2}, {"pp": 2}]
+LAYOUTS_OF_FOUR = [
+    *({}, {"tp": 2}, {"tp": 4}, {"pp": 2}, {"pp": 4}, {"tp": 2, "pp": 2}, {"pp": 4, "virtual_pp": 2}),
+    *({"tp": 2, **SP}, {"tp": 4, **SP}, {"tp": 2, "pp": 2, **SP}),
+]
+
+
+def outputs(engine):
+    """What the engine says of whole batches, before it is trained."""
+    batch = experience()
+    if engine.spec.head == "lm":
+        return [engine.logprobs(batch, batch.response_mask)]
+    return [engine.values(batch, batch.response_mask), engine.scores(batch), engine.scores(rankings())]
+
+
+def trained(name, groups, **how):
+    """What `STEPS` steps of an engine gave."""
+    engine = build(name, groups, **how)
+    before = outputs(engine)
+    results = [engine.step(terms_of(name), learning_rate=LEARNING_RATE) for _ in range(STEPS)]
+    return before, results, local_weights(engine)
+
+
+def check_layouts(name, layouts, hows):
+    world = World.connect()
+    return [trained(name, world.groups(world.layout(**axes)), **how) for axes, how in itertools.product(layouts, hows)]
+
+
+def check_dense(name):
+    """The same in plain torch: rows one by one, the objective written out, torch's AdamW."""
+    world = World.connect()
+    engine = FrozenEngine(SPECS[name], world.groups(world.layout()), micro_batch_size=1)
+    fill(engine)
+    (model,) = engine.transformers
+    parameters = list(model.requires_grad_(True).parameters())
+    decayed = [p for p in parameters if p.dim() > 1]
+    groups = [{"params": decayed}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM.betas, eps=ADAM.eps, weight_decay=ADAM.weight_decay)
+    with torch.no_grad():
+        batch = experience()
+        if SPECS[name].head == "lm":
+            before = [torch.where(batch.response_mask, dense_outputs(model, batch, head="lm"), 0.0)]
+        else:
+            values, scores = dense_outputs(model, batch, head="scalar")
+            before = [torch.where(batch.response_mask, values, 0.0), scores, dense_outputs(model, rankings(), head="scalar")[1]]
+    results = []
+    for _ in range(STEPS):
+        adam.zero_grad()
+        losses, objective = dense_objective(model, name)
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, ADAM.clip_grad)
+        adam.step()
+        results.append(({term: float(loss) for term, loss in losses.items()}, float(norm)))
+    return before, results, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def assert_agree(name, layout, ranks, reference, stats):
+    before, results, weights = reference
+    for rank_before, rank_results, _ in ranks:
+        for mine, theirs in zip(rank_before, before, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        for mine, (losses, norm) in zip(rank_results, results, strict=True):
+            assert mine.losses == pytest.approx(losses, rel=1e-5)
+            assert mine.grad_norm == pytest.approx(norm, rel=1e-5) and not mine.skipped
+        assert rank_results[0].grad_norm == pytest.approx(results[0][1], rel=2e-6)
+        assert rank_results == ranks[0][1]  # the same on every rank, bit for bit
+        for mine, theirs in zip(rank_results, stats, strict=True):
+            assert mine.stats.keys() == theirs.stats.keys()
+            for statistic, (total, count) in mine.stats.items():
+                assert count == theirs.stats[statistic][1]
+                assert total == pytest.approx(theirs.stats[statistic][0], rel=1e-4, abs=1e-3), statistic
+    whole = assembled([shards for *_, shards in ranks], name, layout)
+    for parameter, value in whole.items():
+        torch.testing.assert_close(value, weights[parameter], rtol=1e-5, atol=2e-6, msg=lambda m, p=parameter: f"{layout} {p}: {m}")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_layout_agrees_with_plain_torch(name, ranks1, ranks2, ranks4):
+    (reference,) = ranks1.run(check_dense, name)
+    (single,) = ranks1.run(check_layouts, name, [{}], [{"micro_batch_size": size} for size in (100, 4, 1)])
+    stats = single[0][1]
+    for one in single:
+        assert_agree(name, ParallelLayout(), [one], reference, stats)
+    recompute = [{"recompute": "selective"}, {"recompute": "full", "micro_batch_size": 3}]
+    cases = [
+        (ranks2, LAYOUTS_OF_TWO, [{}]),
+        (ranks4, LAYOUTS_OF_FOUR, [{}]),
+        (ranks4, [{"tp": 2, "pp": 2, **SP}], recompute),
+    ]
+    for ranks, layouts, hows in cases:
+        by_rank = ranks.run(check_layouts, name, layouts, hows)
+        for number, (axes, _) in enumerate(itertools.product(layouts, hows)):
+            axes = {"tp": 1, "pp": 1, **axes}
+            layout = ParallelLayout.over(ranks.world_size, **axes)
+            assert_agree(name, layout, [results[number] for results in by_rank], reference, stats)
+
+
+def check_micro_batches_hold_whole_prompts():
+    world = World.connect()
+    engine = build("reward", world.groups(world.layout(tp=2)), micro_batch_size=2)
+    seen = []
+    loss = RankingLoss()
+
+    class Watched(RankingLoss):
+        def __call__(self, output, batch):
+            seen.append(sorted(batch.prompt_index.unique().tolist()))
+            return loss(output, batch)
+
+    engine.step([Term("ranking", Watched(), rankings())], learning_rate=1e-3)
+    return seen
+
+
+def test_a_prompts_comparisons_are_one_batch_element(ranks4):
+    by_rank = ranks4.run(check_micro_batches_hold_whole_prompts)
+    assert by_rank[0] == by_rank[1] and by_rank[2] == by_rank[3]
+    assert sorted(itertools.chain(*by_rank[0], *by_rank[2])) == [0, 1, 2, 3, 4]
+
+
+def check_values_are_the_scores_of_what_was_read_so_far():
+    world = World.connect()
+    engine = build("reward", world.groups(world.layout(tp=2, sequence_parallel=True)))
+    batch = experience()
+    everywhere = torch.arange(batch.tokens.shape[1] - 1) < batch.lengths[:, None] - 1
+    values = engine.values(batch, everywhere)
+    for t in range(1, 4):  # all rows are longer
+        cut = TextBatch(tokens=batch.tokens[:, : t + 1], lengths=torch.full_like(batch.lengths, t + 1), loss_mask=everywhere[:, :t])
+        torch.testing.assert_close(values[:, t], torch.where(everywhere[:, t], engine.scores(cut), 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_values_are_the_scores_of_what_was_read_so_far(ranks2):
+    ranks2.run(check_values_are_the_scores_of_what_was_read_so_far)
+
+
+def check_first_minibatch(axes):
+    world = World.connect()
+    engine = build("gpt2", world.groups(world.layout(**axes)), micro_batch_size=3)
+    batch = experience()
+    batch = type(batch)(**{**vars(batch), "old_logprobs": engine.logprobs(batch, batch.response_mask)})
+    minibatch = batch.rows(torch.tensor([8, 1, 5, 0]))
+    result = engine.step([Term("policy", PolicyLoss(clip=0.2), minibatch)], learning_rate=LEARNING_RATE)
+    count = int(minibatch.response_mask.sum())
+    assert result.stats["policy/clip_fraction"] == (0.0, count)
+    assert result.stats["policy/ratio"] == pytest.approx((count, count), rel=1e-6)
+    assert abs(result.stats["policy/approx_kl"][0]) < 1e-6
+    mean = minibatch.advantages[minibatch.response_mask].mean()
+    assert result.losses["policy"] == pytest.approx(-float(mean), abs=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"tp": 2, **SP}], ids=str)
+def test_the_first_minibatch_has_ratio_one_and_no_kl(ranks2, axes):
+    ranks2.run(check_first_minibatch, axes)
+
+
+def check_ptx_weight_zero():
+    world = World.connect()
+    groups = world.groups(world.layout(tp=2))
+    weights = []
+    for weight in (None, 0.0):
+        engine = build("gpt2", groups)
+        ptx = [] if weight is None else [Term("ptx", LanguageModelLoss(), texts(), weight=weight)]
+        for _ in range(2):
+            engine.step([Term("policy", PolicyLoss(clip=0.2), experience()), *ptx], learning_rate=LEARNING_RATE)
+        weights.append(local_weights(engine))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_ptx_weight_of_zero_is_exactly_ppo(ranks4):
+    ranks4.run(check_ptx_weight_zero)
+
+
+def check_refusals():
+    world = World.connect()
+    engine = build("gpt2", world.groups(world.layout(tp=2)))
+    batch = texts()
+    nothing = TextBatch(tokens=batch.tokens, lengths=batch.lengths, loss_mask=torch.zeros_like(batch.loss_mask))
+    with pytest.raises(ValueError, match="the ptx term has nothing to learn from: none of its 7 rows counts in the loss"):
+        engine.step([Term("ptx", LanguageModelLoss(), nothing)], learning_rate=LEARNING_RATE)
+    with pytest.raises(ValueError, match=r"pp 2 with virtual_pp 2 cannot run on gloo: .* use virtual_pp 1, or pp > 2"):
+        build("gpt2", world.groups(world.layout(pp=2, virtual_pp=2)))
+    with pytest.raises(ValueError, match=r"does not fit the model: num_layers 8 must be divisible by pp \* virtual_pp = 2 \* 3"):
+        build("gpt2", world.groups(world.layout(pp=2, virtual_pp=3)))
+
+
+def test_what_the_engine_refuses(ranks2):
+    ranks2.run(check_refusals)
+
+
+def check_a_frozen_model_stays():
+    world = World.connect()
+    frozen = FrozenEngine(SPECS["gpt2"], world.groups(world.layout(pp=2)), micro_batch_size=4)
+    fill(frozen)
+    engine = build("gpt2", world.groups(world.layout(tp=2)))
+    before = frozen.fingerprint()
+    batch = experience()
+    logprobs = frozen.logprobs(batch, batch.response_mask)
+    torch.testing.assert_close(engine.logprobs(batch, batch.response_mask), logprobs, rtol=1e-5, atol=1e-5)
+    for _ in range(2):
+        engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE)
+    assert torch.equal(frozen.logprobs(batch, batch.response_mask), logprobs)
+    assert frozen.fingerprint() == before
+    assert not any(parameter.requires_grad for parameter in frozen.parameters().values())
+    with torch.no_grad():
+        next(iter(frozen.parameters().values())).view(-1)[0].add_(1e-3)
+    assert frozen.fingerprint() != before
+
+
+def test_a_frozen_model_stays(ranks2):
+    ranks2.run(check_a_frozen_model_stays)
+
+
+def check_low_precision(precision, axes):
+    world = World.connect()
+    for name in ("gpt2", "reward"):
+        engine = build(name, world.groups(world.layout(**axes)), precision=precision)
+        exact = build(name, world.groups(world.layout()))
+        heads = {n: p.dtype for n, p in engine.parameters().items() if n.startswith("scalar_head")}
+        assert set(heads.values()) <= {torch.float32}
+        for low, full in zip(outputs(engine), outputs(exact), strict=True):
+            torch.testing.assert_close(low, full, rtol=0.05, atol=0.1)
+        results = [engine.step(terms_of(name), learning_rate=1e-3) for _ in range(6)]
+        reference = exact.step(terms_of(name), learning_rate=1e-3)
+        first, last = results[0], results[-1]
+        assert first.losses == pytest.approx(reference.losses, rel=0.05, abs=0.05)
+        assert first.grad_norm == pytest.approx(reference.grad_norm, rel=0.05)
+        assert first.loss_scale == (2.0**16 if precision == "fp16" else 1.0)
+        objective = [sum(term.weight * r.losses[term.name] for term in terms_of(name)) for r in (first, last)]
+        assert objective[1] < 0.97 * objective[0]
+        assert not any(result.skipped for result in results)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(ranks4, precision):
+    ranks4.run(check_low_precision, precision, {"tp": 2, **SP})
+    ranks4.run(check_low_precision, precision, {"pp": 2})
+
+
+def check_overflow():
+    world = World.connect()
+    engine = build("gpt2", world.groups(world.layout(tp=2)), precision="fp16", adam=AdamSettings(initial_loss_scale=2.0**30))
+    before = local_weights(engine)
+    scale, skipped = 2.0**30, 0
+    while (result := engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE)).skipped:
+        scale, skipped = scale / 2, skipped + 1
+        assert result.loss_scale == scale
+        assert all(torch.equal(value, before[name]) for name, value in local_weights(engine).items())
+        assert engine.optimizer.updates == 0
+    assert 1 < skipped < 25 and engine.steps == skipped + 1 and engine.optimizer.updates == 1
+    assert math.isfinite(result.grad_norm)
+    assert any(not torch.equal(value, before[name]) for name, value in local_weights(engine).items())
+
+
+def test_an_overflow_is_skipped_and_halves_the_loss_scale(ranks4):
+    ranks4.run(check_overflow)
+
+
+def check_not_finite(axes):
+    world = World.connect()
+    engine = build("gpt2", world.groups(world.layout(**axes)))
+    before = local_weights(engine)
+    batch = experience()
+    batch.advantages[6, 3] = math.nan  # one row, which one copy computes
+    assert batch.response_mask[6, 3]
+    result = engine.step([Term("policy", PolicyLoss(clip=0.2), batch)], learning_rate=LEARNING_RATE)
+    assert result.skipped and not math.isfinite(result.grad_norm)
+    assert all(torch.equal(value, before[name]) for name, value in local_weights(engine).items())
+    result = engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE)
+    assert not result.skipped and math.isfinite(result.grad_norm)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(ranks4):
+    ranks4.run(check_not_finite, {"tp": 2})
+    ranks4.run(check_not_finite, {"pp": 2})
+
+
+def check_average(precision, axes):
+    world = World.connect()
+    engine = build("gpt2", world.groups(world.layout(**axes)), precision=precision)
+    engine.start_ema(0.9)
+    masters = {shard.parameter: shard.main for shard in engine.optimizer.shards()}
+    expected = {parameter: main.detach().double() for parameter, main in masters.items()}
+    for _ in range(3):
+        engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE)
+        engine.ema.update()
+        expected = {p: 0.9 * average + 0.1 * masters[p].detach().double() for p, average in expected.items()}
+    for parameter, average in engine.ema.averages.items():
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(average.double(), expected[parameter], rtol=1e-5, atol=1e-7)
+    batch = experience()
+    before, logprobs = local_weights(engine), engine.logprobs(batch, batch.response_mask)
+    before_masters = {p: main.detach().clone() for p, main in masters.items()}
+    averages = {p: average.clone() for p, average in engine.ema.averages.items()}
+    with engine.ema.swapped_in():
+        inside = local_weights(engine)
+        assert not torch.equal(engine.logprobs(batch, batch.response_mask), logprobs)
+    assert all(torch.equal(value, before[name]) for name, value in local_weights(engine).items())
+    assert all(torch.equal(main, before_masters[p]) for p, main in masters.items())
+    assert all(torch.equal(average, averages[p]) for p, average in engine.ema.averages.items())
+    assert torch.equal(engine.logprobs(batch, batch.response_mask), logprobs)
+    names = {parameter: name for name, parameter in engine.parameters().items()}
+    for shard in engine.optimizer.shards():
+        part = inside[names[shard.parameter]].view(-1)[shard.start : shard.start + shard.main.numel()]
+        assert torch.equal(part, averages[shard.parameter].to(part.dtype).view(-1))
+    engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE)
+    return inside, local_weights(engine)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_is_the_naive_one_and_swaps_in_and_out(ranks4, precision):
+    layout = ParallelLayout(tp=1, pp=2, dp=2)
+    by_rank = ranks4.run(check_average, precision, {"pp": 2})
+    for number in range(2):  # every copy has all of it
+        assembled([both[number] for both in by_rank], "gpt2", layout)
+
+
+def check_dropout(axes):
+    world = World.connect()
+    groups = world.groups(world.layout(**axes))
+    engines = [build("gpt2", groups, dropout=0.2, seed=seed) for seed in (1, 1, 2)]
+    for engine in engines:
+        fill(engine, seed=1)
+        batch = experience()
+        assert torch.equal(engine.logprobs(batch, batch.response_mask), engine.logprobs(batch, batch.response_mask))  # none in evaluation
+    results = [[engine.step(terms_of("gpt2"), learning_rate=LEARNING_RATE) for _ in range(2)] for engine in engines]
+    assert results[0] == results[1]
+    assert results[0][0].losses["ptx"] != results[2][0].losses["ptx"]
+    assert engines[0].spec.dropout and results[0][0].losses["ptx"] == pytest.approx(results[2][0].losses["ptx"], rel=0.1)
+    weights = [local_weights(engine) for engine in engines]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return weights[0]
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, **SP}], ids=str)
+def test_dropout_repeats_with_its_seed_and_peers_stay_equal(ranks4, axes):
+    assembled(ranks4.run(check_dropout, axes), "gpt2", ParallelLayout.over(4, **{"pp": 1, **axes}))

@@ -1,0 +1,173 @@
+"""What the tests of the engine share: small models, ragged batches, and the slow obvious versions of what the engine does."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from megarlhf.batch import Experience, RankingBatch, TextBatch
+from megarlhf.engine.optimizer import AdamSettings
+from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
+from megarlhf.engine.trainable import TrainEngine
+from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import parameter_specs, shards_held
+from megarlhf.models.transformer import ModelSpec, initialize
+
+VOCAB = 200  # padded to 256
+SIZES = {"num_layers": 8, "hidden_size": 32, "vocab_size": VOCAB, "max_seq_len": 32}
+GPT2 = Architecture(num_heads=4, num_kv_heads=4, ffn_size=64, **SIZES)
+LLAMA = Architecture(
+    **SIZES,
+    num_heads=8,
+    num_kv_heads=4,
+    ffn_size=48,
+    norm="rmsnorm",
+    activation="swiglu",
+    positions="rotary",
+    bias=False,
+    tied_embeddings=False,
+)
+SPECS = {
+    "gpt2": ModelSpec(architecture=GPT2, head="lm"),
+    "llama": ModelSpec(architecture=LLAMA, head="lm"),
+    "value": ModelSpec(architecture=GPT2, head="scalar"),
+    "reward": ModelSpec(architecture=LLAMA, head="scalar"),
+}
+ADAM = AdamSettings(eps=1e-4, weight_decay=0.1)  # eps well above rounding: a key's bias has no gradient but noise, which Adam would magnify
+LEARNING_RATE = 3e-3
+
+
+def build(name, groups, *, micro_batch_size=4, adam=ADAM, seed=1, **changes):
+    """A trained engine of one of SPECS."""
+    spec = dataclasses.replace(SPECS[name], **changes)
+    engine = TrainEngine(spec, groups, micro_batch_size=micro_batch_size, adam=adam, seed=seed)
+    fill(engine, seed=seed)
+    return engine
+
+
+def fill(engine, *, seed=1):
+    """Weights that do something: the embedding's standard deviation of 0.02 would leave attention uniform."""
+    initialize(engine.transformers, engine.spec, engine.groups, seed=seed, std=0.1)
+    if isinstance(engine, TrainEngine):
+        engine.optimizer.adopt_parameters()
+
+
+def ragged(num_rows, width, *, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, width + 1, (num_rows,), generator=generator)
+    lengths[num_rows // 2] = width
+    tokens = torch.randint(0, VOCAB, (num_rows, width), generator=generator)
+    return torch.where(torch.arange(width) < lengths[:, None], tokens, 0), lengths, generator
+
+
+def experience(num_rows=10, width=13, *, seed=0):
+    """Episodes with responses of ragged lengths; one has an empty response."""
+    tokens, lengths, generator = ragged(num_rows, width, seed=seed)
+    starts = torch.randint(1, 4, (num_rows, 1), generator=generator)
+    position = torch.arange(width - 1)
+    mask = (position >= starts) & (position < lengths[:, None] - 1)
+    mask[3] = False
+
+    def noise(mean, std):
+        return torch.where(mask, mean + std * torch.randn(mask.shape, generator=generator), 0.0)
+
+    return Experience(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=mask,
+        old_logprobs=noise(-5.3, 0.3),
+        old_values=noise(0.0, 1.0),
+        advantages=noise(0.0, 1.0),
+        returns=noise(0.5, 1.0),
+    )
+
+
+def texts(num_rows=7, width=24, *, seed=10):
+    tokens, lengths, generator = ragged(num_rows, width, seed=seed)
+    real = torch.arange(width - 1) < lengths[:, None] - 1
+    return TextBatch(tokens=tokens, lengths=lengths, loss_mask=real & (torch.rand(real.shape, generator=generator) < 0.8))
+
+
+def rankings(*, seed=20):
+    """Five prompts with 2, 4, 9, 3 and 2 completions, ties among them, in no order; all of the last prompt's tie."""
+    prompt_index = torch.tensor([0] * 2 + [1] * 4 + [2] * 9 + [3] * 3 + [4] * 2)
+    tokens, lengths, generator = ragged(len(prompt_index), 11, seed=seed)
+    ranks = torch.randint(1, 5, prompt_index.shape, generator=generator)
+    ranks[:2], ranks[-2:] = torch.tensor([2, 1]), 3
+    order = torch.randperm(len(prompt_index), generator=generator)
+    return RankingBatch(tokens=tokens, lengths=lengths, ranks=ranks[order], prompt_index=prompt_index[order])
+
+
+def terms_of(name):
+    """PPO-ptx for a language model, both scalar losses in one objective for a scalar head."""
+    if SPECS[name].head == "lm":
+        return [Term("policy", PolicyLoss(clip=0.2), experience()), Term("ptx", LanguageModelLoss(), texts(), weight=27.8)]
+    return [Term("value", ValueLoss(clip=0.2), experience()), Term("ranking", RankingLoss(), rankings(), weight=2.0)]
+
+
+def dense_outputs(model, batch, *, head):
+    """The model on each row by itself, without padding: log-probabilities and entropies or values [batch, seq - 1], or scores."""
+    rows = []
+    for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True):
+        tokens = row[None, :length]
+        hidden = model(tokens, torch.arange(length)[None], None)
+        if head == "lm":
+            embedding = model.embedding.word_embeddings.weight
+            weight = embedding if model.share_embeddings_and_output_weights else model.output_layer.weight
+            logprobs = (hidden[:-1, 0] @ weight[:VOCAB].T).log_softmax(-1)
+            rows.append(logprobs.gather(1, tokens[0, 1:, None])[:, 0])
+        else:
+            rows.append((hidden[:, 0] @ model.scalar_head.weight[0]) + model.scalar_head.bias)
+    if head == "lm":
+        return torch.stack([F.pad(row, (0, batch.tokens.shape[1] - 1 - len(row))) for row in rows])
+    values = torch.stack([F.pad(row[:-1], (0, batch.tokens.shape[1] - len(row))) for row in rows])
+    return values, torch.stack([row[-1] for row in rows])
+
+
+def dense_objective(model, name):
+    """The objective of `terms_of` written out."""
+    batch = experience()
+    mask, count = batch.response_mask, batch.response_mask.sum()
+    if SPECS[name].head == "lm":
+        ratio = (dense_outputs(model, batch, head="lm")[mask] - batch.old_logprobs[mask]).exp()
+        advantages = batch.advantages[mask]
+        policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() / count
+        text = texts()
+        ptx = -dense_outputs(model, text, head="lm")[text.loss_mask].mean()
+        return {"policy": policy, "ptx": ptx}, policy + 27.8 * ptx
+    values, old, returns = dense_outputs(model, batch, head="scalar")[0][mask], batch.old_values[mask], batch.returns[mask]
+    clipped = old + (values - old).clamp(-0.2, 0.2)
+    value = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / count
+    ranked = rankings()
+    scores = dense_outputs(model, ranked, head="scalar")[1]
+    losses = []
+    for prompt in range(5):
+        rows = (ranked.prompt_index == prompt).nonzero()[:, 0].tolist()
+        pairs = [-F.logsigmoid(scores[i] - scores[j]) for i in rows for j in rows if ranked.ranks[i] < ranked.ranks[j]]
+        losses.append(torch.stack(pairs).mean() if pairs else torch.zeros(()))
+    ranking = torch.stack(losses).mean()
+    return {"value": value, "ranking": ranking}, value + 2.0 * ranking
+
+
+def local_weights(engine):
+    """This rank's weights, as they travel to the test: canonical name -> a copy."""
+    return {name: parameter.detach().clone() for name, parameter in engine.parameters().items()}
+
+
+def assembled(shards_of_rank, name, layout):
+    """Canonical name -> full parameter from every rank's `local_weights`; what several ranks hold must be bitwise equal."""
+    spec = SPECS[name]
+    dtype = next(iter(shards_of_rank[0].values())).dtype
+    whole = {p.name: torch.full(p.shape, torch.nan, dtype=dtype) for p in parameter_specs(spec.architecture, spec.head)}
+    for rank, shards in enumerate(shards_of_rank):
+        held = shards_held(spec.architecture, spec.head, layout, layout.coordinates(rank))
+        assert held.keys() == shards.keys()
+        for parameter, shard in held.items():
+            dim = shard.spec.split_dim or 0
+            for number, start in enumerate(shard.starts):
+                target = whole[parameter].narrow(dim, start, shard.size)
+                part = shards[parameter].narrow(dim, number * shard.size, shard.size)
+                assert target.isnan().all() or torch.equal(target, part), (layout, rank, parameter)
+                target.copy_(part)
+    assert not any(value.isnan().any() for value in whole.values())
+    return whole

@@ -1,0 +1,148 @@
+"""Samples per second of a full PPO iteration: generate, score with four models, update, hand the weights over.
+
+    python tools/benchmark_ppo.py                                    one process
+    torchrun --nproc_per_node 2 tools/benchmark_ppo.py --tp 2        any layout
+
+The trainer is the real one, on random weights and random prompts that never meet an end-of-text token, so that every
+iteration does the same work. Prints seconds per phase and, last, a line `N samples/s` (median over iterations).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megarlhf.config.sections import (
+    AdamConfig,
+    ArchitectureConfig,
+    LimitsConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    TrainedModelConfig,
+)
+from megarlhf.config.stages import GenerationConfig, PpoConfig, PpoDataConfig, PpoSettings
+from megarlhf.parallel import platform
+from megarlhf.parallel.groups import World
+
+PHASES = ("generate", "score", "update", "reshard")
+
+
+@dataclass(frozen=True)
+class NumbersTokenizer:
+    """Token ids without text; the end-of-text id is one that no model can sample."""
+
+    vocab_size: int
+    eos_id: int = -1
+    pad_id: int = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Ids written as numbers."""
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Numbers."""
+        return " ".join(map(str, ids))
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    world = World.connect()
+    from megarlhf.data.tokenized import PromptRow
+    from megarlhf.trainers.ppo import ProximalPolicyOptimization
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, args.vocab_size, (args.prompts, args.prompt_len), generator=generator).tolist()
+    rows = [PromptRow(row, "random", number) for number, row in enumerate(ids)]
+    trainer = ProximalPolicyOptimization(config_of(args), world, NumbersTokenizer(args.vocab_size), rows)
+    seconds: list[float] = []
+    phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for iteration in range(args.warmup + args.iterations):
+        world.barrier()
+        start = time.perf_counter()
+        metrics = trainer.step(iteration)
+        platform.synchronize()
+        if iteration >= args.warmup:
+            seconds.append(time.perf_counter() - start)
+            for phase in PHASES:
+                phases[phase].append(metrics[f"time/{phase}_seconds"])
+    if world.rank == 0:
+        print(f"{args.layers} layers x {args.hidden_size} hidden x {args.heads} heads, vocabulary {args.vocab_size}, {args.precision}")
+        print(f"{args.prompts} prompts of {args.prompt_len} tokens, {args.response_len} response tokens, {args.minibatches} minibatches")
+        print(f"{world.size} rank(s), training layout {trainer.roles.policy.groups.layout}, {torch.get_num_threads()} threads each")
+        for phase in PHASES:
+            print(f"  {phase:<10} {statistics.median(phases[phase]):8.3f} s")
+        print(f"  {'iteration':<10} {statistics.median(seconds):8.3f} s (min {min(seconds):.3f}, max {max(seconds):.3f})")
+        print(f"  peak memory of rank 0: {platform.peak_memory_bytes() / 2**20:.0f} MiB")
+        print(f"{args.prompts / statistics.median(seconds):.1f} samples/s")
+    world.close()
+
+
+def config_of(args: argparse.Namespace) -> PpoConfig:
+    """The run that is measured: four models of one size, no pretraining term."""
+    architecture = ArchitectureConfig(
+        num_layers=args.layers, hidden_size=args.hidden_size, num_heads=args.heads, max_seq_len=args.prompt_len + args.response_len
+    )
+    adam = AdamConfig(learning_rate=1e-5)
+    rows = args.micro_batch_size or args.prompts
+    trained = TrainedModelConfig(architecture=architecture, adam=adam, micro_batch_size=rows, precision=args.precision)
+    frozen = ModelConfig(architecture=architecture, micro_batch_size=rows, precision=args.precision)
+    return PpoConfig(
+        stage="ppo",
+        run=RunConfig(dir="unused"),
+        tokenizer=TokenizerConfig(path="unused"),
+        parallel=ParallelConfig(tp=args.tp, pp=args.pp),
+        policy=trained,
+        value=trained,
+        reward=frozen,
+        reference=frozen,
+        data=PpoDataConfig(prompts="unused"),
+        limits=LimitsConfig(max_prompt_len=args.prompt_len),
+        ppo=PpoSettings(
+            iterations=args.warmup + args.iterations,
+            batch_size=args.prompts,
+            minibatch_size=args.prompts // args.minibatches,
+            ptx_coef=0.0,
+        ),
+        generation=GenerationConfig(
+            parallel=ParallelConfig(tp=args.generation_tp or args.tp, pp=args.generation_pp or args.pp),
+            sampling=SamplingConfig(max_new_tokens=args.response_len),
+        ),
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=64, help="episodes of one iteration")
+    parser.add_argument("--prompt-len", type=int, default=32)
+    parser.add_argument("--response-len", type=int, default=32)
+    parser.add_argument("--minibatches", type=int, default=4, help="optimizer steps of one iteration")
+    parser.add_argument("--micro-batch-size", type=int, help="most rows of one forward pass; all by default")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--generation-tp", type=int, help="tensor-parallel size of the generator; the policy's by default")
+    parser.add_argument("--generation-pp", type=int, help="pipeline stages of the generator; the policy's by default")
+    parser.add_argument("--iterations", type=int, default=8, help="measured iterations")
+    parser.add_argument("--warmup", type=int, default=2, help="iterations before them")
+    parser.add_argument("--threads", type=int, help="torch CPU threads of each rank")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
