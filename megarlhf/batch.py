@@ -27,6 +27,7 @@ class Rows:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the batch."""
         return self.tokens.shape[0]
 
     @property

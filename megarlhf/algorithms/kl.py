@@ -18,11 +18,11 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(x) - 1 - x with x = log pi_ref - log pi: unbiased and never negative."""
     x = ref_logprobs - logprobs
-    return x.exp() - 1 - x
+    return x.expm1() - x  # exp(x) - 1 would lose a small x, and go below it
 
 
 def adapted_kl_coef(kl_coef: float, *, kl_per_episode: float, target: float, horizon: int, num_episodes: int) -> float:
-    """kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_episodes / horizon) (Ziegler et al. 2019, section 2.2).
+    """kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_episodes / horizon) (Ziegler et al. 2019, section 2.2 and code).
 
     kl_per_episode: nats summed over a response, averaged over the iteration's episodes, before its update.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,10 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor, *, temperature: float =
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): [batch, seq, vocab] -> [batch, seq - 1] float32."""
+    """Entropy in nats of softmax(logits / temperature): [batch, seq, vocab] -> [batch, seq - 1] float32.
+
+    A logit of -inf excludes its id.
+    """
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    logprobs = logprobs.clamp(min=torch.finfo(torch.float32).min)  # 0 * -inf would be nan
     return -(logprobs.exp() * logprobs).sum(dim=-1)

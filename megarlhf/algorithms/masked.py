@@ -40,5 +40,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     Where the returns do not vary at all there is nothing to explain and the answer is 0.
     """
-    total = masked_variance(returns, mask)
-    return torch.where(total > 0, 1 - masked_variance(returns - values, mask) / total.clamp(min=1e-30), 0.0)
+    # compared exactly: the variance of equal numbers, with their rounded mean, need not be 0
+    vary = torch.where(mask, returns, -torch.inf).max() > torch.where(mask, returns, torch.inf).min()
+    unexplained = masked_variance(returns.double() - values.double(), mask)
+    return torch.where(vary, 1 - unexplained / masked_variance(returns.double(), mask), 0.0)

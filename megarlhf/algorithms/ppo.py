@@ -16,7 +16,8 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     """-sum min(rho A, clip(rho, 1 - clip, 1 + clip) A) (Schulman et al. 2017, equation 7).
 
     Args: logprobs of the policy being trained, old_logprobs of the one that acted, advantages: [batch, seq - 1]; mask bool.
-    Returns: (sum over the mask, {"clip_fraction", "approx_kl" (k3 of old against new), "ratio"}).
+    Returns: (sum over the mask, {"clip_fraction" (positions whose clipped term is the smaller), "approx_kl" (k3 of old
+    against new), "ratio"}).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -38,12 +39,16 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     """sum 0.5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) (Ziegler et al. 2019's code); None does not clip.
 
     Args: all [batch, seq - 1]; mask bool.
-    Returns: (sum over the mask, {"clip_fraction", "error" (squared), "returns", "values"}).
+    Returns: (sum over the mask, {"clip_fraction" (positions whose clipped error is the larger), "error" (squared),
+    "returns", "values"}).
     """
-    error = (values - returns) ** 2
+    gap = torch.where(mask, values - returns, 0.0)
+    error = gap**2
     worst = error
     if clip is not None:
-        worst = torch.maximum(error, (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2)
+        change = torch.where(mask, values - old_values, 0.0)
+        # V_old + clip(change) - R, written so that it is exactly `gap` where nothing is clipped
+        worst = torch.maximum(error, (gap + (change.clamp(-clip, clip) - change)) ** 2)
     count = mask.sum()
     with torch.no_grad():
         stats = {

@@ -9,10 +9,15 @@ from torch import Tensor
 from megarlhf.algorithms.masked import Stats
 
 
-def comparisons(ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """[n, n] bool: whether completion i was ranked above completion j of the same prompt; ties are no comparison."""
-    same_prompt = prompt_index[:, None] == prompt_index[None, :]
-    return same_prompt & (ranks[:, None] < ranks[None, :])
+def completions_by_prompt(prompt_index: Tensor) -> Tensor:
+    """[prompts, K] int64: the positions in prompt_index [n] of each prompt's completions, then -1 where it has fewer than K."""
+    _, prompt, counts = prompt_index.unique(return_inverse=True, return_counts=True)
+    order = prompt.argsort(stable=True)
+    first = counts.cumsum(0) - counts
+    place = torch.arange(len(order), device=order.device) - first[prompt[order]]
+    table = torch.full((len(counts), int(counts.max())), -1, device=order.device)
+    table[prompt[order], place] = order
+    return table
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Stats]:
@@ -21,16 +26,16 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[T
     Each prompt weighs the same: 1 / (its comparisons without ties); one whose completions all tie adds exactly 0.
 
     Args: scores [n] float; ranks [n] int64, 1 best; prompt_index [n] int64.
-    Returns: (sum over prompts, {"accuracy" (right comparisons), "score_gap" (r_w - r_l)}).
+    Returns: (sum over prompts, {"accuracy" (comparisons whose winner scores higher), "score_gap" (r_w - r_l)}).
     """
-    better = comparisons(ranks, prompt_index)
-    winner, loser = better.nonzero(as_tuple=True)
-    gap = scores.float()[winner] - scores.float()[loser]  # [pairs]
-    _, prompt = prompt_index.unique(return_inverse=True)
-    pairs_of_prompt = torch.zeros(len(scores), device=scores.device).index_add_(0, prompt[winner], torch.ones_like(gap))
-    loss = (-F.logsigmoid(gap) / pairs_of_prompt[prompt[winner]]).sum()
-    count = torch.tensor(float(len(gap)), device=scores.device)
-    return loss, {"accuracy": ((gap > 0).float().sum(), count), "score_gap": (gap.detach().sum(), count)}
+    table = completions_by_prompt(prompt_index)
+    real, score, rank = table >= 0, scores.float()[table], ranks[table]  # [prompts, K]
+    better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])  # [prompts, winner, loser]
+    gap = torch.where(better, score[:, :, None] - score[:, None, :], 0.0)
+    pairs = better.sum(dim=(1, 2))  # [prompts]
+    loss = torch.where(better, -F.logsigmoid(gap), 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)
+    count = pairs.sum()
+    return loss.sum(), {"accuracy": ((gap > 0).sum(), count), "score_gap": (gap.detach().sum(), count)}
 
 
 def count_prompts(prompt_index: Tensor) -> int:

@@ -21,7 +21,7 @@ def kl_shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, re
         logprobs, ref_logprobs: [batch, seq - 1] of the acting policy and the reference; no gradient flows through them.
         response_mask: [batch, seq - 1] bool.
 
-    Returns: [batch, seq - 1] float32, 0 outside the responses.
+    Returns: [batch, seq - 1] float32, 0 outside the responses. Every row must have a response token.
     """
     rewards = torch.where(response_mask, -kl_coef * (logprobs - ref_logprobs), 0.0).detach()
     return rewards.scatter_add(1, last_response_position(response_mask).unsqueeze(1), scores.detach().float().unsqueeze(1))

@@ -43,10 +43,12 @@ class RecordReport:
 
     @property
     def num_skipped(self) -> int:
+        """Records that were left out."""
         return sum(self.skipped_by_reason.values())
 
     @property
     def num_kept(self) -> int:
+        """Records that can be used."""
         return self.num_records - self.num_skipped
 
     def __str__(self) -> str:

@@ -48,7 +48,7 @@ class Saved:
     state: dict
     """The stage's own state, as it was given to `save`."""
     models: dict[str, dict]
-    """Model name -> {"architecture", "head", "steps", "has_optimizer", "has_ema", "loss_scale"}."""
+    """Model name -> {"architecture", "head", "steps", "adam_steps", "has_ema", "grad_scaler"}."""
 
     def architecture(self, model: str) -> Architecture:
         """The saved model's architecture."""
@@ -93,10 +93,16 @@ def read_state(path: Path) -> Saved:
 
 
 def load(path: Path, models: Mapping[str, TrainEngine]) -> Saved:
-    """Restore weights, optimizers and averages of `models` from a checkpoint of any layout; a collective of the world."""
+    """Restore weights, optimizers and averages of `models` from a checkpoint of any layout; a collective of the world.
+
+    ValueError when the checkpoint does not hold such models, naming the first difference.
+    """
     saved = read_state(path)
     wanted: dict[str, ShardedTensor] = {}
     for name, engine in models.items():
+        _check_holds(saved, name, engine, average=engine.ema is not None)
+        if (head := saved.models[name]["head"]) != engine.spec.head:
+            raise ValueError(f"{path}: {name!r} has the head {head}, but this one's is {engine.spec.head}")
         kinds = ["weights", "exp_avg", "exp_avg_sq"] + (["ema"] if engine.ema is not None else [])
         for kind in kinds:
             empty = {parameter: torch.empty(p.shape, dtype=torch.float32) for parameter, p in engine.parameters().items()}
@@ -114,14 +120,10 @@ def load_weights(path: Path, model: str, engine: Engine, *, average: bool = Fals
         average: read the exponential moving average instead of the weights (ValueError when there is none).
 
     Returns: parameters that the checkpoint does not have (a scalar head over a saved language model); they keep their
-    values. ValueError when the trunks differ, naming the first difference.
+    values. ValueError when the checkpoint does not hold the model, or another trunk, naming the first difference.
     """
     saved = read_state(path)
-    if model not in saved.models:
-        raise ValueError(f"{path} holds no model named {model!r}; it holds: {', '.join(saved.models)}")
-    if average and not saved.models[model]["has_ema"]:
-        raise ValueError(f"{path} holds no moving average of {model!r}: it was trained without one")
-    _check_same_trunk(saved.architecture(model), engine.spec.architecture, path)
+    _check_holds(saved, model, engine, average=average)
     kind = "ema" if average else "weights"
     same_head = saved.models[model]["head"] == engine.spec.head
     parameters = engine.parameters()
@@ -230,7 +232,7 @@ def _restore(engine: TrainEngine, described: dict, tensors) -> None:
             engine.ema.averages[shard.parameter].copy_(averages[name].view(-1)[span])
     engine.steps = described["steps"]
     engine.optimizer.restore(moments, updates=described["adam_steps"])
-    if described["grad_scaler"] is not None:
+    if described["grad_scaler"] is not None and engine.optimizer.megatron.grad_scaler is not None:
         _restore_grad_scaler(engine.optimizer, described["grad_scaler"])
 
 
@@ -241,10 +243,16 @@ def _restore_grad_scaler(optimizer: Optimizer, values: dict[str, float]) -> None
     scaler._hysteresis_tracker = int(values["hysteresis_tracker"])
 
 
-def _check_same_trunk(saved: Architecture, wanted: Architecture, path: Path) -> None:
-    for field, value in architecture_to_dict(saved).items():
-        if value != getattr(wanted, field):
-            raise ValueError(f"{path} holds a model whose {field} is {value}, but this one's is {getattr(wanted, field)}")
+def _check_holds(saved: Saved, model: str, engine: Engine, *, average: bool) -> None:
+    """ValueError when the checkpoint holds no such model, no average of it, or one of another trunk."""
+    if model not in saved.models:
+        raise ValueError(f"{saved.path} holds no model named {model!r}; it holds: {', '.join(saved.models)}")
+    if average and not saved.models[model]["has_ema"]:
+        raise ValueError(f"{saved.path} holds no moving average of {model!r}: it was trained without one")
+    wanted = architecture_to_dict(engine.spec.architecture)
+    for field, value in architecture_to_dict(saved.architecture(model)).items():
+        if value != wanted[field]:
+            raise ValueError(f"{saved.path} holds a model whose {field} is {value}, but this one's is {wanted[field]}")
 
 
 def newest(folder: Path, world: World) -> Path | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megarlhf.parallel.groups import ProcessGroup
 from megarlhf.parallel.pipeline import gather_over_tensor_parallel
 from megarlhf.parallel.vocab import first_vocab_id
 
@@ -66,7 +66,7 @@ def sample_tokens(
     sampling: Sampling,
     *,
     vocab_size: int,
-    tp: dist.ProcessGroup | None,
+    tp: ProcessGroup | None,
     seed: int,
     iteration: int,
     samples: Tensor,
@@ -93,7 +93,7 @@ def sample_tokens(
     return winners.gather(0, bests.max(dim=0).indices.unsqueeze(0)).squeeze(0)
 
 
-def _truncated(scores: Tensor, sampling: Sampling, tp: dist.ProcessGroup | None) -> Tensor:
+def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> Tensor:
     """Scores [batch, shard] with what top_k and top_p leave out excluded."""
     if sampling.top_k is not None:
         k = min(sampling.top_k, scores.shape[-1])
@@ -109,7 +109,7 @@ def _truncated(scores: Tensor, sampling: Sampling, tp: dist.ProcessGroup | None)
     return scores
 
 
-def _side_by_side(shard: Tensor, tp: dist.ProcessGroup | None) -> Tensor:
+def _side_by_side(shard: Tensor, tp: ProcessGroup | None) -> Tensor:
     gathered = gather_over_tensor_parallel(shard, tp)  # [tp, batch, n]
     return gathered.permute(1, 0, 2).reshape(shard.shape[0], -1)
 

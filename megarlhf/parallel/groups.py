@@ -13,6 +13,9 @@ from megarlhf.parallel import platform
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
 
 
+ProcessGroup = dist.ProcessGroup
+
+
 @dataclass(frozen=True)
 class ModelGroups:
     """The process groups of one layout, seen from this rank."""

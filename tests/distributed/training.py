@@ -14,7 +14,7 @@ from megarlhf.models.parameters import parameter_specs, shards_held
 from megarlhf.models.transformer import ModelSpec, initialize
 
 VOCAB = 200  # padded to 256
-SIZES = {"num_layers": 8, "hidden_size": 32, "vocab_size": VOCAB, "max_seq_len": 32}
+SIZES = {"num_layers": 4, "hidden_size": 32, "vocab_size": VOCAB, "max_seq_len": 32}
 GPT2 = Architecture(num_heads=4, num_kv_heads=4, ffn_size=64, **SIZES)
 LLAMA = Architecture(
     **SIZES,
@@ -29,6 +29,7 @@ LLAMA = Architecture(
 )
 SPECS = {
     "gpt2": ModelSpec(architecture=GPT2, head="lm"),
+    "deep": ModelSpec(architecture=dataclasses.replace(GPT2, num_layers=8), head="lm"),
     "llama": ModelSpec(architecture=LLAMA, head="lm"),
     "value": ModelSpec(architecture=GPT2, head="scalar"),
     "reward": ModelSpec(architecture=LLAMA, head="scalar"),

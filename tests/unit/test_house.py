@@ -23,7 +23,8 @@ ROOMS = (
     ("models",),
     ("resharding",),
     ("engine", "generation"),
-    ("trainers", "evaluation"),
+    ("evaluation",),
+    ("trainers",),
     ("cli",),
     ("__main__",),
 )
