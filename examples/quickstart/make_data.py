@@ -106,8 +106,8 @@ def draw_candidates(rng: random.Random, prompt: str, truth: str, pool: Sequence[
         "stutter": " ".join(words[:stutter] + words[max(0, stutter - 3) : stutter] * rng.randint(1, 4) + words[stutter:]) + ".",
         "misspelled": " ".join(_misspell(rng, word) if rng.random() < 0.4 else word for word in words) + ".",
         "babble": babblers[0].sample(rng),
-        "broken babble": babblers[1].sample(rng),
-        "babble on topic": _with_word(rng, babblers[0].sample(rng), topic),
+        "broken babble": rng.choice(babblers[1:]).sample(rng),
+        "babble on topic": _with_word(rng, rng.choice(babblers).sample(rng), topic),
     }
     count = rng.randint(4, 9)
     chosen = ["true"] * (rng.random() < 0.8)
@@ -236,7 +236,7 @@ def make_all(seed: int) -> tuple[dict[str, list[dict]], list[str], list[str]]:
 
     pool = [record["response"] for record in records["demonstrations"]]
     pairs = known_pairs(train)
-    rng, babblers = random.Random(f"{seed}:candidates"), [Babbler(pool, order=order) for order in (5, 3)]
+    rng, babblers = random.Random(f"{seed}:candidates"), [Babbler(pool, order=order) for order in (5, 3, 2)]
     candidates = {
         split: [draw_candidates(rng, prompt_of(seed, name), answers[name], pool, babblers) for name in names[split]]
         for split in ("rankings", "rankings_valid")

@@ -42,13 +42,11 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     Returns: (sum over the mask, {"clip_fraction" (positions whose clipped error is the larger), "error" (squared),
     "returns", "values"}).
     """
-    gap = torch.where(mask, values - returns, 0.0)
-    error = gap**2
+    error = torch.where(mask, values - returns, 0.0) ** 2
     worst = error
     if clip is not None:
         change = torch.where(mask, values - old_values, 0.0)
-        # V_old + clip(change) - R, written so that it is exactly `gap` where nothing is clipped
-        worst = torch.maximum(error, (gap + (change.clamp(-clip, clip) - change)) ** 2)
+        worst = torch.maximum(error, (old_values + change.clamp(-clip, clip) - returns) ** 2)
     count = mask.sum()
     with torch.no_grad():
         stats = {
