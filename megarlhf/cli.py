@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,19 +16,34 @@ DESCRIPTION = "Train language models to follow instructions with human feedback 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status: 0, or 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     if options.help_config:
         print(describe(COMMANDS[options.command]))
         return 0
     if options.config is None:
-        print(f"megarlhf {options.command}: --config is missing", file=sys.stderr)
-        return 2
+        return _refuse(options.command, "--config is missing")
+    config, problem = None, None
     try:
         config = load_stage_config(options.config, options.overrides, command=options.command)
     except ConfigError as error:
-        print(f"megarlhf {options.command}: the configuration is not valid:\n{error}", file=sys.stderr)
-        return 2
-    return _run(config, fresh=options.fresh)
+        problem = f"the configuration is not valid:\n{error}"
+        if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) == 1:
+            return _refuse(options.command, problem)  # at once; several ranks meet first, so that one of them says it
+    return _run(options.command, config, problem, fresh=options.fresh)
+
+
+def _refuse(command: str, problem: str) -> int:
+    print(f"megarlhf {command}: {problem}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    options.overrides += rest  # argparse gives up on overrides that stand after a second option
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,22 +59,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(config: StageConfig, *, fresh: bool) -> int:
+def _run(command: str, config: StageConfig | None, problem: str | None, *, fresh: bool) -> int:
     import torch
 
     from megarlhf.parallel.groups import World
+    from megarlhf.trainers.agreement import refuse_together, require_same_config
 
-    if config.run.threads is not None:
+    if config is not None and config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    world = World.connect()
     try:
-        _stage(config.stage)(config, world, fresh=fresh)
+        world = World.connect()
     except ValueError as error:
-        if world.rank == 0:
-            print(f"megarlhf {config.stage}: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
+        return _refuse(command, str(error))
+    try:
+        refuse_together([problem] if problem else [], world)
+        require_same_config(config, world)
+        _stage(command)(config, world, fresh=fresh)
+    except ConfigError as error:  # all ranks raise it together
         world.close()
+        return _refuse(command, str(error)) if world.rank == 0 else 2
+    except ValueError as error:  # perhaps on this rank only, and the others wait for it: they end when this process does
+        return _refuse(command, f"rank {world.rank} of {world.size}: {error}")
+    world.close()
     return 0
 
 

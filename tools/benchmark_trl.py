@@ -3,18 +3,20 @@
     pip install torch==2.13.0 trl==1.9.2 transformers==5.23.0 datasets accelerate
     python tools/benchmark_trl.py                                    one process on the CPU, float32
 
-TRL 1.9.2 is the last release that has a PPO trainer (`trl.experimental.ppo`). The policy, the reference, the reward and the value
-model are GPT-2 (GPT2LMHeadModel twice, GPT2ForSequenceClassification with one label twice) at random initialization, without
+The PPO trainer of TRL 1.9.2 is `trl.experimental.ppo`; 1.12.0 is the last release that has one. The policy, the reference, the
+reward and the value model are GPT-2 (GPT2LMHeadModel twice, GPT2ForSequenceClassification with one label twice) at random initialization, without
 dropout. An iteration generates 32 tokens for each of 64 random prompts of 32 tokens, scores the 64 episodes, and makes 4 optimizer
 steps, each on 16 of them. Settings, in TRL's names:
 
     per_device_train_batch_size 64, gradient_accumulation_steps 1, num_mini_batches 4, num_ppo_epochs 1
         4 minibatches of 16 in one piece, each an optimizer step. 16 x 4 makes the same minibatches, but `accelerator.accumulate`
-        then holds the step back until the fourth of them: one step an iteration.
-    local_rollout_forward_batch_size 64     generation and scoring in one batch; generation with the KV cache
+        then holds the step back until the fourth of them (unless the data set is one batch): one step an iteration.
+    local_rollout_forward_batch_size 64
+        generation and scoring in one batch; the KV cache in generation only, elsewhere it would be copied for nothing
     temperature 1, top_k 0, top_p 1, stop_token None, missing_eos_penalty None, whiten_rewards False
         the tokenizer's padding and end-of-text ids lie outside the models' vocabulary: no response is cut short or masked
     bf16 False, gradient_checkpointing False, optim adamw_torch_fused, attention sdpa
+    activation gelu_pytorch_tanh            GPT-2's function in one kernel; the default, gelu_new, composes it of several
     num_sample_generations 0, report_to none, save_strategy no, eval_strategy no, no callback that prints
 
 TRL takes the sampling policy's log-probabilities from the scores of generation, so it scores with three forward passes (reference,
@@ -46,7 +48,7 @@ try:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 except ModuleNotFoundError as error:
     install = "pip install torch==2.13.0 trl==1.9.2 transformers==5.23.0 datasets accelerate"
-    raise SystemExit(f"{error}. This benchmark needs TRL 1.9.2, the last release with a PPO trainer: {install}") from error
+    raise SystemExit(f"{error}. This benchmark needs TRL 1.9.2 (from 1.13 on TRL has no PPO trainer): {install}") from error
 
 
 class IterationTimes(TrainerCallback):
@@ -132,8 +134,10 @@ def trainer_of(args: argparse.Namespace, output_dir: str) -> PPOTrainer:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",
         bos_token_id=None,
         eos_token_id=None,
+        use_cache=False,
         num_labels=1,
     )
     settings = PPOConfig(
@@ -162,10 +166,12 @@ def trainer_of(args: argparse.Namespace, output_dir: str) -> PPOTrainer:
         logging_strategy="no",
         disable_tqdm=True,
     )
+    policy = GPT2LMHeadModel(architecture)
+    policy.generation_config.use_cache = True
     trainer = PPOTrainer(
         args=settings,
         processing_class=numbers_tokenizer(args.vocab_size),
-        model=GPT2LMHeadModel(architecture),
+        model=policy,
         ref_model=GPT2LMHeadModel(architecture),
         reward_model=GPT2ForSequenceClassification(architecture),
         value_model=GPT2ForSequenceClassification(architecture),

@@ -46,7 +46,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     worst = error
     if clip is not None:
         change = torch.where(mask, values - old_values, 0.0)
-        worst = torch.maximum(error, (old_values + change.clamp(-clip, clip) - returns) ** 2)
+        clipped = torch.maximum(error, (old_values + change.clamp(-clip, clip) - returns) ** 2)
+        worst = torch.where(change.abs() > clip, clipped, error)  # old + (new - old) may round away from new where nothing is clipped
     count = mask.sum()
     with torch.no_grad():
         stats = {

@@ -23,14 +23,12 @@ class Engine:
     models of different layouts meet without any dispatch, and results do not depend on the layout.
     """
 
-    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, temperature: float = 1.0) -> None:
+    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int) -> None:
         if found := schedule_violations(groups.layout):
             raise ValueError("; ".join(found))
         self.spec = spec
         self.groups = groups
         self.micro_batch_size = micro_batch_size
-        self.temperature = temperature
-        """What logits are divided by, wherever log-probabilities are taken: that of the sampling."""
         self.transformers: list[Transformer] = build_model(spec, groups)
         self.chunks: list = list(self.transformers)
         """What the schedule runs: the transformers, or their data-parallel wrappers."""
@@ -39,12 +37,12 @@ class Engine:
         """Canonical name -> this rank's shard."""
         return named_parameters(self.transformers, self.groups)
 
-    def logprobs(self, batch: Rows, positions: Tensor) -> Tensor:
+    def logprobs(self, batch: Rows, positions: Tensor, *, temperature: float = 1.0) -> Tensor:
         """log pi(tokens[:, t + 1] | tokens[:, : t + 1]) where `positions` [batch, seq - 1] is True, 0 elsewhere.
 
-        Returns: [batch, seq - 1] float32 on the host.
+        pi is softmax(logits / temperature). Returns: [batch, seq - 1] float32 on the host.
         """
-        return self._forward(batch, "logprobs", positions)
+        return self._forward(batch, "logprobs", positions, temperature)
 
     def values(self, batch: Rows, positions: Tensor) -> Tensor:
         """The scalar head at position t, where `positions` [batch, seq - 1] is True, 0 elsewhere; [batch, seq - 1] float32."""
@@ -55,7 +53,7 @@ class Engine:
         return self._forward(batch, "scores", None)
 
     @torch.no_grad()
-    def _forward(self, batch: Rows, output: str, positions: Tensor | None) -> Tensor:
+    def _forward(self, batch: Rows, output: str, positions: Tensor | None, temperature: float = 1.0) -> Tensor:
         for chunk in self.chunks:
             chunk.eval()
         shares = micro_batch_rows(batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
@@ -68,7 +66,7 @@ class Engine:
             if number >= len(shares[self.groups.coordinates.dp]):
                 return loss, None
             wanted = None if positions is None else positions[index][:, : piece.tokens.shape[1] - 1]
-            return loss, (index, self.output(model, hidden, piece, output, wanted))
+            return loss, (index, self.output(model, hidden, piece, output, wanted, temperature))
 
         results = run_schedule(self.transformers, self.groups, [piece.tokens for piece in pieces], compute, backward=False)
         return self._gathered([result for result in results if result is not None], batch, output)
@@ -86,16 +84,18 @@ class Engine:
             start += len(rows)
         return gather_rows(computed, index.to(computed.device), batch.num_rows, self.groups).cpu()
 
-    def output(self, model: Transformer, hidden: Tensor, piece: Rows, output: str, positions: Tensor | None) -> Tensor:
+    def output(
+        self, model: Transformer, hidden: Tensor, piece: Rows, output: str, positions: Tensor | None, temperature: float
+    ) -> Tensor:
         """One micro-batch's output from the last hidden states [seq, rows, h]: see `Loss.output` for the shapes."""
         if output == "logprobs":
-            return self._logprobs_at(model, hidden, piece.tokens.to(hidden.device), positions.to(hidden.device))
+            return self._logprobs_at(model, hidden, piece.tokens.to(hidden.device), positions.to(hidden.device), temperature)
         values = model.scalars(hidden)  # [rows, seq]
         if output == "scores":
             return values.gather(1, (piece.lengths - 1).to(values.device).unsqueeze(1)).squeeze(1)
         return torch.where(positions.to(values.device), values[:, : piece.tokens.shape[1] - 1], 0.0)
 
-    def _logprobs_at(self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _logprobs_at(self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float) -> Tensor:
         """[rows, seq - 1]; only the wanted positions pass through the vocabulary."""
         whole = model.full_hidden(hidden).transpose(0, 1)  # [rows, seq, h]
         chosen = whole[:, : tokens.shape[1] - 1][positions]  # [wanted, h]
@@ -104,7 +104,7 @@ class Engine:
             tokens[:, 1:][positions],
             vocab_size=self.spec.architecture.vocab_size,
             tp=self.groups.tp,
-            temperature=self.temperature,
+            temperature=temperature,
         )
         return torch.zeros(positions.shape, device=hidden.device).masked_scatter(positions, logprobs)
 

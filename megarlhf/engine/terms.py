@@ -28,6 +28,8 @@ class Loss(Protocol):
     """What the loss reads of the model: logprobs or values [batch, seq - 1], or scores [batch]."""
     stats: ClassVar[tuple[str, ...]]
     """Names of the statistics that come with the sum."""
+    temperature: float
+    """What logits are divided by for log-probabilities."""
 
     def count(self, batch: Rows) -> int:
         """The divisor: how many tokens (or prompts) of the whole batch count."""
@@ -57,6 +59,8 @@ class PolicyLoss:
     """The clipped surrogate objective (Schulman et al. 2017, equation 7), token mean over the responses."""
 
     clip: float
+    temperature: float = 1.0
+    """That of the sampling: the ratio is between the policies that were sampled from."""
     output: ClassVar[Output] = "logprobs"
     stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "approx_kl", "ratio")
 
@@ -80,6 +84,7 @@ class ValueLoss:
     clip: float | None
     output: ClassVar[Output] = "values"
     stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "error", "returns", "values")
+    temperature: ClassVar[float] = 1.0
 
     def count(self, batch: Experience) -> int:
         """Response tokens."""
@@ -100,6 +105,7 @@ class LanguageModelLoss:
 
     output: ClassVar[Output] = "logprobs"
     stats: ClassVar[tuple[str, ...]] = ("nll",)
+    temperature: ClassVar[float] = 1.0
 
     def count(self, batch: TextBatch) -> int:
         """Tokens in the loss."""
@@ -120,6 +126,7 @@ class RankingLoss:
 
     output: ClassVar[Output] = "scores"
     stats: ClassVar[tuple[str, ...]] = ("accuracy", "score_gap")
+    temperature: ClassVar[float] = 1.0
 
     def count(self, batch: RankingBatch) -> int:
         """Prompts."""

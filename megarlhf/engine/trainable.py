@@ -53,9 +53,8 @@ class TrainEngine(Engine):
         micro_batch_size: int,
         adam: AdamSettings,
         seed: int,
-        temperature: float = 1.0,
     ) -> None:
-        super().__init__(spec, groups, micro_batch_size=micro_batch_size, temperature=temperature)
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size)
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
@@ -97,7 +96,7 @@ class TrainEngine(Engine):
             if piece.batch is None:
                 return hidden.float().sum() * 0.0, None
             loss = piece.term.loss
-            output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch))
+            output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
             total, stats = loss(output, piece.batch.to(hidden.device))
             assert tuple(stats) == loss.stats
             flat = [total.detach(), *(value for pair in stats.values() for value in pair)]

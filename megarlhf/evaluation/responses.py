@@ -8,8 +8,12 @@ from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
 from megarlhf.config.sections import SamplingConfig
+from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.generation.generator import Generator
+
+NUM_SAMPLES = 4
+"""Responses that a run writes down at each iteration or evaluation, to be read."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ResponseJudge:
-    """Samples a response to every prompt and judges it."""
+    """Samples a response to every prompt, each time with the same noise, and judges it."""
 
     generator: Generator
     prompts: Prompts
@@ -46,15 +50,27 @@ class ResponseJudge:
     policy: Engine | None = None
     """The engine behind the generator; needed with a reference."""
 
-    def judge(self, *, iteration: int) -> Judged:
-        """The generator's present weights on the fixed prompts, with the noise of (seed, iteration)."""
-        rollouts = generate(self.generator, self.prompts, self.sampling, seed=self.seed, iteration=iteration)
+    def judge(self) -> Judged:
+        """The generator's present weights on the fixed prompts."""
+        rollouts = generate(self.generator, self.prompts, self.sampling, seed=self.seed, iteration=0)
         scores = self.reward.scores(rollouts) if self.reward is not None else None
         kl = None
         if self.reference is not None:
-            mask = rollouts.response_mask
-            kl = (self.policy.logprobs(rollouts, mask) - self.reference.logprobs(rollouts, mask)).sum(dim=1)
+            mask, temperature = rollouts.response_mask, self.sampling.temperature or 1.0
+            logprobs, ref_logprobs = (m.logprobs(rollouts, mask, temperature=temperature) for m in (self.policy, self.reference))
+            kl = (logprobs - ref_logprobs).sum(dim=1)
         return Judged(rollouts, scores, kl)
+
+
+def generator_of(engine: Engine, tokenizer: Tokenizer) -> Generator:
+    """A generator in the engine's own layout, from its own weights."""
+    return Generator(
+        engine.transformers,
+        engine.groups,
+        architecture=engine.spec.architecture,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
 
 
 def generate(generator: Generator, prompts: Prompts, sampling: SamplingConfig, *, seed: int, iteration: int) -> Rollouts:
@@ -69,3 +85,18 @@ def generate(generator: Generator, prompts: Prompts, sampling: SamplingConfig, *
         iteration=iteration,
         max_batch_size=sampling.max_batch_size,
     )
+
+
+def response_records(rollouts: Rollouts, tokenizer: Tokenizer, **columns: Tensor | None) -> list[dict[str, object]]:
+    """Each rollout as text: "prompt", "response", "finished", and its number in every column [batch] that is not None."""
+    records = []
+    for i in range(rollouts.num_rows):
+        start, stop = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
+        ids = rollouts.tokens[i, :stop].tolist()
+        record = {
+            "prompt": tokenizer.decode(ids[:start]),
+            "response": tokenizer.decode(ids[start:]),
+            "finished": bool(rollouts.finished[i]),
+        }
+        records.append(record | {name: float(column[i]) for name, column in columns.items() if column is not None})
+    return records

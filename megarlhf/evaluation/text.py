@@ -11,7 +11,7 @@ from megarlhf.engine.engine import Engine
 
 
 def language_model_loss_on(engine: Engine, batch: TextBatch) -> float:
-    """Mean negative log-likelihood in nats of the tokens that count in `batch`, at the engine's temperature."""
+    """Mean negative log-likelihood in nats of the tokens that count in `batch`."""
     logprobs = engine.logprobs(batch, batch.loss_mask)
     return -float(logprobs[batch.loss_mask].double().mean())
 

@@ -125,7 +125,8 @@ class Generator:
             lengths=torch.zeros(n, dtype=torch.int64, device=device),
             finished=torch.zeros(n, dtype=torch.bool, device=device),
         )
-        cache = self._cache(n, width + max_new)
+        max_len = min(width + max_new, self.architecture.max_seq_len)
+        cache = self._cache(n, max_len)
         cache.prefill(width)
         hidden = self._forward(tokens, cache)
         last = None if hidden is None else hidden[lengths - 1, torch.arange(n, device=device)]  # [rows, h]
@@ -146,7 +147,9 @@ class Generator:
                 stay = open_rows.nonzero().squeeze(1)
                 cache.keep(stay)
                 rows, positions, chosen, open_rows = rows[stay], positions[stay], chosen[stay], open_rows[stay]
-            cache.decode(positions.clamp(max=self.architecture.max_seq_len - 1), width + step + 1)
+                width = int(lengths[rows].max())
+            # rows that are done but have not left go on, at most on the last position
+            cache.decode(positions.clamp(max=max_len - 1), min(width + step + 1, max_len))
             hidden = self._forward(chosen[:, None], cache)
             last = None if hidden is None else hidden[0]
         return out

@@ -30,9 +30,9 @@ class Sampling:
     temperature: float = 1.0
     """What logits are divided by; 0 takes the most likely token."""
     top_k: int | None = None
-    """Only the k most likely tokens of the whole vocabulary; None: all."""
+    """Only the k most likely tokens of the whole vocabulary, and those as likely as the last of them; None or 0: all."""
     top_p: float | None = None
-    """Only the smallest set of most likely tokens with this probability; None: all."""
+    """Only the smallest set of most likely tokens (of those that top_k leaves) with this probability; None or 1: all."""
 
     @property
     def logprob_temperature(self) -> float:
@@ -57,7 +57,8 @@ def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, 
     for part in (torch.full_like(samples, iteration), samples, positions):
         key = mixed(key + GOLDEN) ^ part
     bits = mixed(mixed(key + GOLDEN)[:, None] + vocab_ids * GOLDEN)
-    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53  # in (0, 1)
+    # 52 bits and a half are exact in float64; with 53, the largest would be rounded to 1, whose noise is infinite
+    uniform = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # in (0, 1)
     return -(-uniform.log()).log()
 
 
@@ -88,20 +89,23 @@ def sample_tokens(
         scores = _truncated(scores, sampling, tp)
         scores = scores + gumbel_noise(seed, iteration, samples, positions, ids)
     best, local = scores.max(dim=-1)
-    bests = gather_over_tensor_parallel(best, tp)  # [tp, batch]
-    winners = gather_over_tensor_parallel(ids[local], tp)
-    return winners.gather(0, bests.max(dim=0).indices.unsqueeze(0)).squeeze(0)
+    candidates = gather_over_tensor_parallel(torch.stack([best, ids[local].double()]), tp)  # [tp, 2, batch]: score, id
+    winner = candidates[:, 0].max(dim=0).indices  # [batch]: of equal scores the first rank's, whose ids are smaller
+    return candidates[:, 1].gather(0, winner.unsqueeze(0)).squeeze(0).long()
 
 
 def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> Tensor:
-    """Scores [batch, shard] with what top_k and top_p leave out excluded."""
-    if sampling.top_k is not None:
+    """Scores [batch, shard] with what top_k and top_p leave out excluded.
+
+    Over tp, top_k gathers k scores per rank and row; top_p gathers the scores of the whole vocabulary.
+    """
+    if sampling.top_k:
         k = min(sampling.top_k, scores.shape[-1])
         candidates = _side_by_side(scores.topk(k, dim=-1).values, tp)
         threshold = candidates.topk(min(sampling.top_k, candidates.shape[-1]), dim=-1).values[:, -1:]
         scores = torch.where(scores >= threshold, scores, EXCLUDED)
-    if sampling.top_p is not None:
-        ordered = _side_by_side(scores, tp).sort(dim=-1, descending=True).values  # the whole vocabulary, on every tp rank
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered = _side_by_side(scores, tp).sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         kept = torch.where(before < sampling.top_p, ordered, torch.inf)

@@ -54,6 +54,13 @@ def broadcast_object(value: object, *, source: int = 0) -> object:
     return box[0]
 
 
+def gather_objects(value: object) -> list:
+    """Each rank's picklable value, in rank order, on every rank."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def sum_over_world(values: Tensor, groups: ModelGroups) -> Tensor:
     """Sum of `values` [n] over every rank."""
     total = values.clone()

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megarlhf.parallel import platform
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
 
-
 ProcessGroup = dist.ProcessGroup
 
 
@@ -76,15 +75,15 @@ class ModelGroups:
 class World:
     """All processes of a run, and the process groups that were made over them so far.
 
-    Every rank asks for the same layouts in the same order: making a group is a collective of its members.
+    Every rank asks for the same layouts in the same order: making a group is a collective of the whole world.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
-    """The groups that this rank is in, by their ranks: axes and layouts with the same peers share one."""
+    _groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
+    """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
     @staticmethod
     def connect(*, timeout_minutes: float = 30.0) -> World:
@@ -130,14 +129,13 @@ class World:
 
     def _group_of_peers(self, peers: list[list[int]]) -> dist.ProcessGroup | None:
         """This rank's group among disjoint ones; None where it is in none of them."""
-        mine = next((tuple(ranks) for ranks in peers if self.rank in ranks), None)
-        if mine is None:
-            return None
-        if len(mine) == self.size:
+        if peers and len(peers[0]) == self.size:
             return dist.group.WORLD
-        if mine not in self._groups:
-            self._groups[mine] = dist.new_group(list(mine), use_local_synchronization=True)
-        return self._groups[mine]
+        key = tuple(map(tuple, peers))
+        if key not in self._groups:
+            made = {ranks: dist.new_group(list(ranks)) for ranks in key}
+            self._groups[key] = next((group for ranks, group in made.items() if self.rank in ranks), None)
+        return self._groups[key]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -39,5 +39,5 @@ def gather_over_tensor_parallel(values: Tensor, tp: dist.ProcessGroup | None) ->
     if tp is None or tp.size() == 1:
         return values.unsqueeze(0)
     gathered = torch.empty(tp.size(), *values.shape, dtype=values.dtype, device=values.device)
-    dist.all_gather_into_tensor(gathered, values.contiguous(), group=tp)
+    dist.all_gather(list(gathered.unbind()), values.contiguous(), group=tp)
     return gathered

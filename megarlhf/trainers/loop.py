@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import StepResult, TrainEngine
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
+from megarlhf.trainers.agreement import refuse_together
 from megarlhf.trainers.run import Run
 
 
-class Stage(Protocol):
+class Stage:
     """What the loop asks of a stage."""
 
-    total_steps: int
-    """Steps (PPO: iterations) of the whole run."""
-    shown: tuple[str, ...]
+    shown: ClassVar[tuple[str, ...]] = ()
     """Metrics beside the progress bar."""
     models: Mapping[str, TrainEngine]
     """Trained models by their names in checkpoints."""
+    total_steps: int
+    """Steps (PPO: iterations) of the whole run."""
+    notes: Sequence[str] = ()
+    """What the user is told before the first step, a line for each."""
+    samples: Sequence[Mapping[str, object]] = ()
+    """Responses of the newest step or evaluation: "prompt", "response", and what is known of them."""
 
     def step(self, number: int) -> dict[str, float]:
         """Step `number`, from 0; returns its metrics."""
-        ...
+        raise NotImplementedError
 
-    def evaluate(self, number: int) -> dict[str, float]:
-        """Validation metrics after `number` steps."""
-        ...
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics of the present weights."""
+        raise NotImplementedError
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far."""
-        ...
+        """Whether an evaluation is the best so far; never where the newest checkpoint is the one to use."""
+        return False
 
     def finish(self) -> None:
-        """What is done once, after the last step and before the last checkpoint."""
-        ...
+        """What is done once, after the last step and before the last checkpoint: nothing, as a rule."""
 
     def state_dict(self) -> dict:
         """Counters and cursors, as JSON."""
-        ...
+        raise NotImplementedError
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from saved counters and cursors."""
-        ...
+        """Go on from saved counters and cursors, before the models have their saved weights. ValueError where they do not fit."""
+        raise NotImplementedError
 
 
 def run_stage(stage: Stage, run: Run) -> dict[str, float]:
@@ -51,30 +56,62 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
 
     The state after step n is saved as checkpoint n; metrics are logged under n.
     """
-    saved = run.resume(stage.models)
+    try:
+        start = _resume(stage, run)
+        return _run_steps(stage, run, start)
+    finally:
+        run.close()
+
+
+def _resume(stage: Stage, run: Run) -> int:
+    """Restore the stage from the run's newest checkpoint; returns its step, 0 where there is none yet."""
+    path = checkpoint.newest(run.checkpoints, run.world)
     start = 0
-    if saved is not None:
-        stage.load_state_dict(saved["cursors"])
+    if path is not None:
+        saved = checkpoint.read_state(path).state
         start = saved["step"]
-        if saved["finished"]:
-            run.say(f"already complete at step {start}; use another run.dir for a new run")
-            return {}
+        problems, changes = run.changes(saved["config"])
+        if start > stage.total_steps:
+            problems.append(f"{path} is at step {start}, beyond the run's end at {stage.total_steps}")
+        try:
+            stage.load_state_dict(saved["cursors"])
+        except ValueError as error:
+            problems.append(str(error))
+        refuse_together(problems, run.world)
+        checkpoint.load(path, stage.models)
+        run.say(f"going on from {path}")
+        for change in changes:
+            run.say(f"changed since then: {change}")
+    return start
+
+
+def _run_steps(stage: Stage, run: Run, start: int) -> dict[str, float]:
+    if start == stage.total_steps:
+        run.say(f"already complete at step {start}; choose another run.dir for a new run")
+        return {}
+    run.introduce(stage.notes)
+    run.open_logs(start)
     evaluation: dict[str, float] = {}
     progress = Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer)
     for number in range(start, stage.total_steps):
         metrics = stage.step(number)
-        done, last = number + 1, number + 1 == stage.total_steps
+        done, last, best = number + 1, number + 1 == stage.total_steps, False
         if last:
             stage.finish()
-        best = False
-        if last or _due(done, run.config.eval_every):
-            evaluation = stage.evaluate(done)
+        evaluated = last or _due(done, run.config.eval_every)
+        if evaluated:
+            evaluation = stage.evaluate()
             best = stage.is_best(evaluation)
-        run.log(done, metrics | evaluation if last or _due(done, run.config.eval_every) else metrics)
+            metrics = metrics | evaluation
+        run.log(done, metrics, stage.samples)
+        stage.samples = ()
         progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
+        if evaluated and evaluation:
+            run.say(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in evaluation.items())}{' (best)' if best else ''}")
         if last or best or _due(done, run.config.save_every):
-            run.save(done, stage.models, {"cursors": stage.state_dict(), "finished": last}, best=best)
+            run.save(done, stage.models, stage.state_dict(), best=best)
     progress.close()
+    run.say(f"done: {run.dir}")
     return evaluation
 
 
@@ -83,7 +120,7 @@ def _due(done: int, every: int) -> bool:
 
 
 def step_metrics(role: str, results: list[StepResult], learning_rate: float) -> dict[str, float]:
-    """Metrics of a model's optimizer steps: `role`/loss of its own term, other terms under their names, and statistics.
+    """Metrics of a model's optimizer steps: the loss of every term under the term's name, and statistics.
 
     Means over the steps; statistics as (sum, count) over all of them.
     """

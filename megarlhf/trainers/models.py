@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarlhf.config import ConfigError
 from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, TrainedModelConfig
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import load_weights, read_state
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.optimizer import AdamSettings
+from megarlhf.engine.schedule import schedule_violations
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
 from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.trainers.agreement import refuse_together
 from megarlhf.trainers.run import find_checkpoint
 
 
@@ -39,28 +41,38 @@ class ModelPlan:
 
     def spec(self, *, dropout: float = 0.0) -> ModelSpec:
         """How to build it."""
-        recompute = getattr(self.config, "recompute", "none")
+        recompute = self.config.recompute if isinstance(self.config, TrainedModelConfig) else "none"
         return ModelSpec(
             architecture=self.architecture, head=self.head, precision=self.config.precision, recompute=recompute, dropout=dropout
         )
+
+    def __str__(self) -> str:
+        average = "the moving average of " if self.average else ""
+        source = f"{average}{self.saved_model} in {self.checkpoint}" if self.checkpoint else "fresh weights"
+        return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}"
 
 
 class ModelPlanner:
     """Resolves the models of a run and collects every violation; `check` raises them together."""
 
-    def __init__(self, world: World, tokenizer: Tokenizer, default_parallel: ParallelConfig, *, seed: int) -> None:
+    def __init__(
+        self, world: World, tokenizer: Tokenizer, default_parallel: ParallelConfig, *, seed: int, problems: Sequence[str] = ()
+    ) -> None:
+        """`problems` were found before, and are raised with the planner's own."""
         self.world = world
         self.tokenizer = tokenizer
         self.default_parallel = default_parallel
         self.seed = seed
-        self.violations: list[str] = []
+        self.violations = list(problems)
+        self.notes: list[str] = []
+        """A line for every model that was planned."""
 
     def plan(self, role: str, config: ModelConfig, head: Head, *, context: int) -> ModelPlan | None:
         """The plan of a model that must hold rows of `context` tokens; None when it cannot be made (see `check`)."""
         try:
             path, saved_model, average = self._source(config)
             architecture = self._architecture(config, path, saved_model)
-            layout = self.layout(role, config.parallel, architecture)
+            layout = self.layout(config.parallel, architecture)
         except ValueError as error:
             self.violations.append(f"{role}: {error}")
             return None
@@ -74,19 +86,36 @@ class ModelPlanner:
                 f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {context} that the run needs "
                 "(prompt plus response, or packed row)"
             )
-        return ModelPlan(role, config, architecture, head, layout, path, saved_model, average)
+        if path is not None:
+            self._check_head(role, config, head, read_state(path).models[saved_model]["head"], path)
+        plan = ModelPlan(role, config, architecture, head, layout, path, saved_model, average)
+        self.notes.append(str(plan))
+        return plan
 
-    def layout(self, role: str, parallel: ParallelConfig | None, architecture: Architecture) -> ParallelLayout:
+    def _check_head(self, role: str, config: ModelConfig, head: Head, saved: Head, path: Path) -> None:
+        if head == "lm" and saved == "scalar":
+            self.violations.append(f"{role}: {path} holds a model with a scalar head (reward or value), and a language model is needed")
+        if head == "scalar" and saved == "lm" and not isinstance(config, TrainedModelConfig):
+            self.violations.append(f"{role}: {path} holds a language model, and a trained reward model is needed")
+
+    def saved_head(self, config: ModelConfig) -> Head:
+        """The head that a model was saved with; "lm" for fresh weights, and where `plan` will say what is wrong."""
+        try:
+            path, saved_model, _ = self._source(config)
+        except ValueError:
+            return "lm"
+        return read_state(path).models[saved_model]["head"] if path is not None else "lm"
+
+    def layout(self, parallel: ParallelConfig | None, architecture: Architecture) -> ParallelLayout:
         """A layout over the world. ValueError where it fits neither the world nor the model."""
         layout = self.world.layout(**dataclasses.asdict(parallel or self.default_parallel))
-        if found := layout_violations(architecture, layout):
+        if found := layout_violations(architecture, layout) + schedule_violations(layout):
             raise ValueError(f"the layout {layout} does not fit the model: " + "; ".join(found))
         return layout
 
     def check(self) -> None:
-        """Raise ConfigError with everything that was found, if anything was."""
-        if self.violations:
-            raise ConfigError("\n".join(self.violations))
+        """Raise ConfigError with everything that any rank found, if anything was; a collective of the world."""
+        refuse_together(self.violations, self.world)
 
     def _source(self, config: ModelConfig) -> tuple[Path | None, str | None, bool]:
         if config.load is None:
@@ -105,14 +134,13 @@ class ModelPlanner:
         del fields["init_std"]
         return make_architecture(fields.pop("preset"), vocab_size=self.tokenizer.vocab_size, **fields)
 
-    def build_frozen(self, plan: ModelPlan, *, temperature: float = 1.0) -> FrozenEngine:
+    def build_frozen(self, plan: ModelPlan) -> FrozenEngine:
         """The model with its weights, for forward passes."""
-        groups = self.world.groups(plan.layout)
-        engine = FrozenEngine(plan.spec(), groups, micro_batch_size=plan.config.micro_batch_size, temperature=temperature)
+        engine = FrozenEngine(plan.spec(), self.world.groups(plan.layout), micro_batch_size=plan.config.micro_batch_size)
         self._fill(engine, plan)
         return engine
 
-    def build_trained(self, plan: ModelPlan, *, dropout: float = 0.0, temperature: float = 1.0) -> TrainEngine:
+    def build_trained(self, plan: ModelPlan, *, dropout: float = 0.0) -> TrainEngine:
         """The model with its weights and a new optimizer."""
         assert isinstance(plan.config, TrainedModelConfig)
         engine = TrainEngine(
@@ -121,7 +149,6 @@ class ModelPlanner:
             micro_batch_size=plan.config.micro_batch_size,
             adam=adam_settings(plan.config.adam),
             seed=self.seed,
-            temperature=temperature,
         )
         self._fill(engine, plan)
         engine.optimizer.adopt_parameters()

@@ -1,4 +1,4 @@
-"""The generator beside the policy: in place where the layouts agree, else a copy that each iteration's weights are resharded into."""
+"""The generator beside the policy: in place where the layouts agree, else a copy that the policy's weights are resharded into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarlhf.trainers.ppo_models import PpoModels
 
 
 class PolicyGenerator:
-    """Owns the generation layout's weights and keeps them equal to the policy's."""
+    """Owns the generation layout's weights; they are unset before the first `publish`."""
 
     def __init__(self, models: PpoModels, tokenizer: Tokenizer) -> None:
         self.policy = models.policy
@@ -22,11 +22,13 @@ class PolicyGenerator:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
         self.parameters = named_parameters(self.chunks, groups)
+        self.version = 0
+        """How often weights were published."""
         self.generator = Generator(
             self.chunks, groups, architecture=spec.architecture, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
         )
-        self.publish(version=0)
 
-    def publish(self, *, version: int) -> None:
+    def publish(self) -> None:
         """Give the generator the policy's present weights; costs nothing in place."""
-        self.publisher.publish(self.policy.parameters(), self.parameters, version=version)
+        self.version += 1
+        self.publisher.publish(self.policy.parameters(), self.parameters, version=self.version)

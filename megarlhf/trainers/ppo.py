@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +17,17 @@ from megarlhf.batch import Experience, Prompts, Rollouts
 from megarlhf.config.stages import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.tokenized import PromptRow
-from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
+from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
-from megarlhf.evaluation.responses import ResponseJudge, generate
-from megarlhf.evaluation.text import HeldOutText
+from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, response_records
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.seed import derive_seed
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records
-from megarlhf.trainers.loop import run_stage, step_metrics
+from megarlhf.trainers.data import Records, open_tokenizer
+from megarlhf.trainers.loop import Stage, run_stage, step_metrics
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_models import PpoModels
 from megarlhf.trainers.pretrain import timed
@@ -50,30 +48,40 @@ class Judgement:
     """[batch, seq - 1] of the value function."""
 
 
-class ProximalPolicyOptimization:
-    """Prompts to rollouts, rollouts to experience, experience to updates, weights to the generator."""
+class ProximalPolicyOptimization(Stage):
+    """Weights to the generator, prompts to rollouts, rollouts to experience, experience to updates."""
 
     shown = ("rollout/reward_mean", "rollout/kl", "ptx/loss")
 
     def __init__(
-        self, config: PpoConfig, world: World, tokenizer: Tokenizer, prompts: Sequence[PromptRow], valid: Sequence[PromptRow] = ()
+        self,
+        config: PpoConfig,
+        world: World,
+        tokenizer: Tokenizer,
+        prompts: Sequence[PromptRow],
+        valid: Sequence[PromptRow] = (),
+        *,
+        problems: Sequence[str] = (),
     ) -> None:
-        """Build the four models and the generator; `valid` are the prompts of evaluations, if any."""
+        """Build the four models and the generator; `valid` are the prompts of evaluations, if any.
+
+        ConfigError lists all that does not fit, and the `problems` that were found with the prompts.
+        """
         self.config = config
         self.settings = config.ppo
         self.kl_coef = config.ppo.kl_coef
+        self.temperature = config.generation.sampling.temperature
+        """Of sampling, and so of the log-probabilities in the ratio and in the KL; text is at temperature 1."""
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self.roles = PpoModels.build(config, world, tokenizer)
+        records = Records(tokenizer, config.limits)
+        self.text = records.text(config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
+        self.held_out = records.held_out(config.data.pretraining)
+        self.roles = PpoModels.build(config, world, tokenizer, problems=[*problems, *records.problems])
+        self.notes = self.roles.notes
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.generator = PolicyGenerator(self.roles, tokenizer)
-
-        data, ids = config.data.pretraining, {"eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
-        self.text = None
-        if self.settings.ptx_coef:
-            self.text = PretrainingStream(data.prefix, seq_len=data.seq_len, seed=config.run.seed, **ids)
-        self.held_out = HeldOutText.of(data, **ids)
         self.judge = self._judge(prompt_batch(valid, pad_id=tokenizer.pad_id)) if valid else None
         self.total_steps = self.settings.iterations
         self.timers = Timers(platform.synchronize)
@@ -81,6 +89,10 @@ class ProximalPolicyOptimization:
     def step(self, number: int) -> dict[str, float]:
         """One iteration: section 3.5's loop, Appendix C.4's numbers."""
         s, roles = self.settings, self.roles
+
+        # weights -> generator
+        with self.timers("reshard_seconds"):
+            self.generator.publish()
 
         # prompts -> rollouts
         rows = [self.prompts[i] for i in self.order.take(s.batch_size)]
@@ -110,16 +122,13 @@ class ProximalPolicyOptimization:
         value_steps: list[StepResult] = []
         with self.timers("update_seconds"):
             for minibatch in self.minibatches(experience, number):
-                terms = [Term("policy", PolicyLoss(clip=s.clip), minibatch), *self.pretraining_terms()]
+                terms = [Term("policy", PolicyLoss(clip=s.clip, temperature=self.temperature), minibatch), *self.pretraining_terms()]
                 policy_steps.append(roles.policy.step(terms, learning_rate=policy_rate))
                 terms = [Term("value", ValueLoss(clip=s.value_clip), minibatch)]
                 value_steps.append(roles.value.step(terms, learning_rate=value_rate))
             roles.policy.ema.update()
 
-        # weights -> generator
-        with self.timers("reshard_seconds"):
-            self.generator.publish(version=number + 1)
-
+        self.samples = response_records(rollouts, self.tokenizer, reward=judged.scores)[:NUM_SAMPLES]
         metrics = self.rollout_metrics(rollouts, judged)
         metrics["value/explained_variance"] = float(explained_variance(judged.values, returns, mask))
         metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
@@ -137,8 +146,8 @@ class ProximalPolicyOptimization:
         scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
         return Judgement(
             scores=scores,
-            logprobs=roles.policy.logprobs(rollouts, mask),
-            ref_logprobs=roles.reference.logprobs(rollouts, mask),
+            logprobs=roles.policy.logprobs(rollouts, mask, temperature=self.temperature),
+            ref_logprobs=roles.reference.logprobs(rollouts, mask, temperature=self.temperature),
             values=roles.value.values(rollouts, mask),
         )
 
@@ -201,48 +210,33 @@ class ProximalPolicyOptimization:
             policy=self.roles.policy,
         )
 
-    def evaluate(self, number: int) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Reward and KL on validation prompts and loss on held-out text, of the averaged weights."""
         with self.roles.policy.ema.swapped_in():
             metrics = self.held_out.metrics(self.roles.policy)
             if self.judge is not None:
-                self.generator.publish(version=number)
-                metrics |= self.judge.judge(iteration=0).metrics("valid")
-        if self.judge is not None:
-            self.generator.publish(version=number)
+                self.generator.publish()
+                metrics |= self.judge.judge().metrics("valid")
         return metrics
-
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """The newest checkpoint is the one to use."""
-        return False
-
-    def finish(self) -> None:
-        """Nothing more to do."""
 
     def state_dict(self) -> dict:
         """Data cursors and the KL coefficient."""
         return {"order": self.order.state_dict(), "text": self.text.state_dict() if self.text else None, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from saved cursors; the restored policy goes to the generator."""
+        """Go on from saved cursors."""
         self.order.load_state_dict(state["order"])
         if self.text:
             self.text.load_state_dict(state["text"])
         self.kl_coef = state["kl_coef"]
-        self.generator.publish(version=0)
 
 
 def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf ppo`."""
-    tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
-    records = Records(tokenizer, config.limits)
-    prompts = records.prompts(config.data.prompts)
-    valid = records.prompts(config.data.prompts_valid) if config.data.prompts_valid else []
-    stage = ProximalPolicyOptimization(config, world, tokenizer, prompts, valid)
     run = Run(config, world, fresh=fresh)
-    for line in records.skipped():
-        run.say(line)
-    try:
-        return run_stage(stage, run)
-    finally:
-        run.close()
+    tokenizer = open_tokenizer(config.tokenizer, world)
+    records = Records(tokenizer, config.limits)
+    prompts, valid = records.prompts(config.data.prompts), records.prompts(config.data.prompts_valid)
+    stage = ProximalPolicyOptimization(config, world, tokenizer, prompts, valid, problems=records.problems)
+    stage.notes = [*records.notes, *stage.notes]
+    return run_stage(stage, run)

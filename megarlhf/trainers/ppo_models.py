@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarlhf.config.stages import PpoConfig
@@ -23,11 +24,16 @@ class PpoModels:
     reference: FrozenEngine
     generation_groups: ModelGroups
     """Where the generator holds its copy of the policy: the policy's own groups when it generates in place."""
+    notes: Sequence[str]
+    """A line for each model."""
 
     @staticmethod
-    def build(config: PpoConfig, world: World, tokenizer: Tokenizer) -> PpoModels:
-        """Check all four against the run, then build them with their weights. ConfigError lists everything that does not fit."""
-        planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed)
+    def build(config: PpoConfig, world: World, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
+        """Check all four against the run, then build them with their weights.
+
+        ConfigError lists everything that does not fit, and the `problems` that were found before.
+        """
+        planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed, problems=problems)
         context = config.limits.max_prompt_len + config.generation.sampling.max_new_tokens
         mixed = max(context, config.data.pretraining.seq_len) if config.data.pretraining else context
         policy = planner.plan("policy", config.policy, "lm", context=mixed)
@@ -36,13 +42,13 @@ class PpoModels:
         reference = planner.plan("reference", config.reference, "lm", context=context)
         generation = _generation_layout(config, planner, policy)
         planner.check()
-        temperature = config.generation.sampling.temperature
         models = PpoModels(
-            policy=planner.build_trained(policy, temperature=temperature),
+            policy=planner.build_trained(policy),
             value=planner.build_trained(value),
             reward=planner.build_frozen(reward),
-            reference=planner.build_frozen(reference, temperature=temperature),
+            reference=planner.build_frozen(reference),
             generation_groups=world.groups(generation),
+            notes=(*planner.notes, f"generation: {generation}"),
         )
         models.policy.start_ema(config.ppo.ema_decay)
         return models
@@ -54,7 +60,7 @@ def _generation_layout(config: PpoConfig, planner: ModelPlanner, policy: ModelPl
     if config.generation.parallel.sequence_parallel or config.generation.parallel.virtual_pp > 1:
         planner.violations.append("generation.parallel: decoding one position at a time has no use for sequence_parallel or virtual_pp")
     try:
-        return planner.layout("generation", config.generation.parallel, policy.architecture)
+        return planner.layout(config.generation.parallel, policy.architecture)
     except ValueError as error:
         planner.violations.append(f"generation: {error}")
         return None

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from megarlhf.config.stages import RewardConfig
 from megarlhf.data.collation import ranking_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.engine.terms import RankingLoss, Term
 from megarlhf.evaluation.rankings import ranking_metrics
+from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records
-from megarlhf.trainers.loop import run_stage, step_metrics
+from megarlhf.trainers.data import Records, open_tokenizer
+from megarlhf.trainers.loop import Stage, run_stage, step_metrics
 from megarlhf.trainers.models import ModelPlanner
 from megarlhf.trainers.pretrain import scheduled_rate, timed
 from megarlhf.trainers.run import Run
 
 
-class RewardModelTraining:
+class RewardModelTraining(Stage):
     """A scalar-headed model on rankings; all completions of a prompt are one batch element."""
 
     shown = ("reward/loss", "reward/accuracy", "reward/learning_rate")
 
     def __init__(self, config: RewardConfig, world: World) -> None:
         self.config = config
-        self.tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
-        self.records = Records(self.tokenizer, config.limits)
-        self.rankings = self.records.rankings(config.data.train)
-        valid = self.records.rankings(config.data.valid) if config.data.valid else []
-        demonstrations = self.records.demonstrations(config.data.demonstrations) if config.data.demonstrations else []
+        self.tokenizer = open_tokenizer(config.tokenizer, world)
+        records = Records(self.tokenizer, config.limits)
+        self.rankings = records.rankings(config.data.train)
+        valid = records.rankings(config.data.valid)
+        demonstrations = records.demonstrations(config.data.demonstrations)
 
-        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed)
+        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
         context = config.limits.max_prompt_len + config.limits.max_response_len
         plan = planner.plan("model", config.model, "scalar", context=context)
         planner.check()
@@ -44,8 +43,9 @@ class RewardModelTraining:
         self.demonstrations = text_batch(demonstrations, pad_id=pad_id) if demonstrations else None
         self.model = planner.build_trained(plan)
         self.models = {"reward": self.model}
+        self.notes = [*records.notes, *planner.notes]
         self.total_steps = max(1, math.ceil(config.epochs * len(self.rankings) / config.batch_size))
-        self.timers = Timers()
+        self.timers = Timers(platform.synchronize)
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the comparisons of the next prompts."""
@@ -62,16 +62,12 @@ class RewardModelTraining:
         if self.demonstrations is not None:
             self.model.shift_scores(-float(self.model.scores(self.demonstrations).double().mean()))
 
-    def evaluate(self, number: int) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on validation rankings, and the demonstrations' mean score."""
         metrics = ranking_metrics(self.model, self.valid) if self.valid is not None else {}
         if self.demonstrations is not None:
             metrics["valid/demonstration_score"] = float(self.model.scores(self.demonstrations).double().mean())
         return metrics
-
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """The last checkpoint is the one to use: the schedule ends with the data."""
-        return False
 
     def state_dict(self) -> dict:
         """The data cursor."""
@@ -84,11 +80,5 @@ class RewardModelTraining:
 
 def reward_model(config: RewardConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf reward`."""
-    stage = RewardModelTraining(config, world)
     run = Run(config, world, fresh=fresh)
-    for line in stage.records.skipped():
-        run.say(line)
-    try:
-        return run_stage(stage, run)
-    finally:
-        run.close()
+    return run_stage(RewardModelTraining(config, world), run)

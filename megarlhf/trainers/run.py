@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megarlhf.config import dump_yaml
+import yaml
+from tqdm import tqdm
+
+from megarlhf.config import ConfigError, dump_yaml
+from megarlhf.config.loader import to_dict
 from megarlhf.config.stages import StageConfig
 from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import TrainEngine
@@ -19,30 +23,30 @@ from megarlhf.telemetry.sinks import Sink, make_sinks
 
 CONFIG_FILE = "config.yaml"
 BEST_FILE = "best.json"
+FIXED = {
+    "run.seed": "order, noise and samples would be another run's",
+    "batch_size": "the number of steps and the learning rate's schedule follow from it",
+    "pretraining_mix": "the number of steps and the learning rate's schedule follow from it",
+}
+"""Keys that a run keeps from its first step to its last, and why. Any other may change; what did is said at the resume."""
 
 
 class Run:
     """One stage's folder. Only rank 0 writes; saving is a collective of the whole world."""
 
     def __init__(self, config: StageConfig, world: World, *, fresh: bool = False) -> None:
-        """Open the folder, and leave what it holds from an earlier start of the same stage.
+        """Look at the folder, and write nothing yet.
 
-        ValueError when it belongs to another stage, and with `fresh` when it holds anything.
+        ConfigError when it belongs to another stage, and with `fresh` when it holds anything.
         """
         self.stage = config.stage
         self.config = config.run
         self.world = world
         self.dir = Path(config.run.dir)
-        problem = broadcast_object(_cannot_open(self.dir, config.stage, fresh) if world.rank == 0 else None)
-        if problem is not None:
-            raise ValueError(problem)
-        self.sinks: list[Sink] = []
-        self.sample_log: SampleLog | None = None
-        if self.is_writer:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / CONFIG_FILE).write_text(dump_yaml(config))
-            self.sinks = list(make_sinks(config.run.sinks, self.dir, name=self.dir.name, wandb_mode=config.run.wandb_mode))
-            self.sample_log = SampleLog(self.dir / "samples.jsonl")
+        self._whole = config
+        self._sinks: list[Sink] = []
+        self._samples: SampleLog | None = None
+        _refuse(_cannot_open(self.dir, config.stage, fresh) if self.is_writer else None)
 
     @property
     def is_writer(self) -> bool:
@@ -57,22 +61,76 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line, once."""
         if self.is_writer:
-            print(f"[{self.stage}] {text}", file=sys.stderr, flush=True)
+            tqdm.write(f"[{self.stage}] {text}", file=sys.stderr)  # above a progress bar, where there is one
+            sys.stderr.flush()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step's metrics to every sink."""
-        for sink in self.sinks:
+    def introduce(self, notes: Sequence[str]) -> None:
+        """Write the configuration, and say what the run is about to use, a line for each note."""
+        _refuse(self._problem_in(self._write_config))
+        for note in notes:
+            self.say(note)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a result of the run into its folder."""
+        if self.is_writer:
+            (self.dir / name).write_text(text)
+
+    def changes(self, saved: Mapping) -> tuple[list[str], list[str]]:
+        """How the configuration differs from the one in a checkpoint: (what is refused, what is said).
+
+        Where the run lives and how often it saves is not compared.
+        """
+        refused, said = [], []
+        now = dict(_flat(to_dict(self._whole)))
+        for key, value in _flat(saved):
+            if key not in now or now[key] == value or (key.startswith("run.") and key not in FIXED):
+                continue
+            if key in FIXED:
+                refused.append(f"{key} is {now[key]}, but {self.dir} began with {value}: {FIXED[key]}; keep it or choose another run.dir")
+            else:
+                said.append(f"{key} {value} -> {now[key]}")
+        return refused, said
+
+    def open_logs(self, step: int) -> None:
+        """Open the logs, without what was written after `step`: those steps come again.
+
+        ConfigError on every rank where a sink cannot be opened, or a log of before is broken.
+        """
+        _refuse(self._problem_in(self._open_logs, step))
+
+    def _problem_in(self, function: Callable[..., None], *args: object) -> str | None:
+        """Call a function on the rank that writes; returns what went wrong."""
+        if not self.is_writer:
+            return None
+        try:
+            function(*args)
+        except (OSError, ValueError) as error:
+            return f"run: {error}"
+        return None
+
+    def _write_config(self) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / CONFIG_FILE).write_text(dump_yaml(self._whole))
+
+    def _open_logs(self, step: int) -> None:
+        self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode)
+        self._samples = SampleLog(self.dir / "samples.jsonl")
+        for log in (*self._sinks, self._samples):
+            log.truncate_after(self.stage, step)
+
+    def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, object]] = ()) -> None:
+        """Write one step's metrics to every sink, and its sampled responses."""
+        for sink in self._sinks:
             sink.write(self.stage, step, metrics)
+        if self._samples is not None:
+            for sample in samples:
+                self._samples.write(self.stage, step, **sample)
 
-    def sample(self, step: int, *, prompt: str, response: str, **values: float | str) -> None:
-        """Write one sampled response."""
-        if self.sample_log is not None:
-            self.sample_log.write(self.stage, step, prompt=prompt, response=response, **values)
-
-    def save(self, step: int, models: Mapping[str, TrainEngine], state: dict, *, best: bool = False) -> None:
+    def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False) -> None:
         """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints."""
         path = self.checkpoints / f"step_{step:08d}"
-        checkpoint.save(path, models, {"stage": self.stage, "step": step, **state}, self.world)
+        state = {"stage": self.stage, "step": step, "cursors": cursors, "config": to_dict(self._whole)}
+        checkpoint.save(path, models, state, self.world)
         if not self.is_writer:
             return
         if best:
@@ -83,41 +141,34 @@ class Run:
             if old != kept:
                 shutil.rmtree(old)
 
-    def resume(self, models: Mapping[str, TrainEngine]) -> dict | None:
-        """Restore `models` from the newest checkpoint and return its state; None where there is none yet.
-
-        Metrics and samples written after that checkpoint are removed: those steps come again.
-        """
-        path = checkpoint.newest(self.checkpoints, self.world)
-        step = 0
-        state = None
-        if path is not None:
-            state = checkpoint.load(path, models).state
-            step = state["step"]
-            self.say(f"resuming from {path}")
-        for log in [*self.sinks, *([self.sample_log] if self.sample_log else [])]:
-            log.truncate_after(self.stage, step)
-        return state
-
     def close(self) -> None:
         """Flush and close what is open."""
-        for sink in self.sinks:
-            sink.close()
-        if self.sample_log is not None:
-            self.sample_log.close()
+        for log in (*self._sinks, *([self._samples] if self._samples else [])):
+            log.close()
+
+
+def _refuse(problem: str | None) -> None:
+    """Raise ConfigError on every rank when rank 0 has a problem."""
+    if (said := broadcast_object(problem)) is not None:
+        raise ConfigError(said)
 
 
 def _cannot_open(folder: Path, stage: str, fresh: bool) -> str | None:
     if fresh and folder.exists() and any(folder.iterdir()):
         return f"--fresh: {folder} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file():
-        with open(metrics) as file:
-            line = file.readline()
-        found = json.loads(line).get("stage") if line.strip() else stage
-        if found != stage:
-            return f"{folder} holds a {found} run; choose another run.dir for {stage}"
+    file = folder / CONFIG_FILE
+    found = yaml.safe_load(file.read_text())["stage"] if file.is_file() else stage
+    if found != stage:
+        return f"run.dir: {folder} holds a run of {found}; choose another folder for {stage}"
     return None
+
+
+def _flat(tree: Mapping, path: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def best_checkpoint(checkpoints: Path) -> Path | None:
@@ -127,15 +178,15 @@ def best_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def find_checkpoint(path: str, world: World) -> Path:
-    """The checkpoint that `path` means: itself, or a run folder's best or newest.
+    """The checkpoint that `path` means, as rank 0 sees it: itself, or a run folder's best or newest; a collective of the world.
 
-    ValueError when there is none.
+    ValueError on every rank when there is none.
     """
-    given = Path(path)
-    if (given / checkpoint.STATE_FILE).is_file():
-        return given
-    folder = given / "checkpoints"
-    found = best_checkpoint(folder) or checkpoint.newest(folder, world)
+    folder = Path(path) / "checkpoints"
+    found = None
+    if world.rank == 0:
+        found = Path(path) if (Path(path) / checkpoint.STATE_FILE).is_file() else best_checkpoint(folder)
+    found = broadcast_object(found) or checkpoint.newest(folder, world)
     if found is None:
         raise ValueError(f"{path} is neither a checkpoint (a folder with {checkpoint.STATE_FILE}) nor a run with one in {folder}")
     return found

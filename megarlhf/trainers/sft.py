@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megarlhf.batch import TextBatch, stack
 from megarlhf.config.stages import SftConfig
 from megarlhf.data.collation import prompt_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.data.pretraining import PretrainingStream
-from megarlhf.data.tokenized import PromptRow
-from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.data.tokenized import DemonstrationRow, PromptRow
+from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.terms import LanguageModelLoss, Term
-from megarlhf.evaluation.responses import ResponseJudge
-from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
-from megarlhf.generation.generator import Generator
+from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records
+from megarlhf.evaluation.text import language_model_loss_on
+from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records
-from megarlhf.trainers.loop import run_stage, step_metrics
+from megarlhf.trainers.data import Records, open_tokenizer
+from megarlhf.trainers.loop import Stage, run_stage, step_metrics
 from megarlhf.trainers.models import ModelPlanner
 from megarlhf.trainers.pretrain import scheduled_rate, timed
 from megarlhf.trainers.run import Run
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(Stage):
     """A language model on demonstrations, the loss on their responses only, with a share of pretraining rows mixed in."""
 
     shown = ("model/loss", "model/learning_rate")
@@ -33,44 +32,37 @@ class SupervisedFineTuning:
     def __init__(self, config: SftConfig, world: World) -> None:
         self.config = config
         data = config.data
-        self.tokenizer = load_tokenizer(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
-        self.records = Records(self.tokenizer, config.limits)
-        self.demonstrations = self.records.demonstrations(data.train)
-        valid = self.records.demonstrations(data.valid) if data.valid else []
-        ids = {"eos_id": self.tokenizer.eos_id, "vocab_size": self.tokenizer.vocab_size}
+        self.tokenizer = open_tokenizer(config.tokenizer, world)
+        records = Records(self.tokenizer, config.limits)
+        self.demonstrations = records.demonstrations(data.train)
+        valid = records.demonstrations(data.valid)
+        self.num_mixed = round(config.pretraining_mix * config.batch_size)
+        self.text = records.text(data.pretraining, seed=config.run.seed) if self.num_mixed else None
+        self.held_out = records.held_out(data.pretraining)
 
-        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed)
+        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
         context = config.limits.max_prompt_len + config.limits.max_response_len
         mixed = max(context, data.pretraining.seq_len if data.pretraining else 0)
         plan = planner.plan("model", config.model, "lm", context=mixed)
-        judge = planner.plan("reward", config.reward, "scalar", context=context) if config.reward else None
+        reward = planner.plan("reward", config.reward, "scalar", context=context) if config.reward else None
         planner.check()
 
         self.order = ShuffledOrder(len(self.demonstrations), seed=config.run.seed)
-        self.num_mixed = round(config.pretraining_mix * config.batch_size)
-        self.text = None
-        if self.num_mixed:
-            self.text = PretrainingStream(data.pretraining.prefix, seq_len=data.pretraining.seq_len, seed=config.run.seed, **ids)
         self.valid = text_batch(valid, pad_id=self.tokenizer.pad_id) if valid else None
-        self.held_out = HeldOutText.of(data.pretraining, **ids)
         self.model = planner.build_trained(plan, dropout=config.dropout)
         self.models = {"model": self.model}
-        self.judge = self._judge(planner.build_frozen(judge), valid, world) if judge else None
+        self.judge = self._judge(valid, planner.build_frozen(reward) if reward else None) if valid else None
+        self.notes = [*records.notes, *planner.notes]
         per_step = config.batch_size - self.num_mixed
         self.total_steps = max(1, math.ceil(config.epochs * len(self.demonstrations) / per_step))
         self.best: float | None = None
-        self.timers = Timers()
+        self.timers = Timers(platform.synchronize)
 
-    def _judge(self, reward, valid, world: World) -> ResponseJudge:
-        rows = [PromptRow(row.prompt_ids, row.source, number) for number, row in enumerate(valid)]
+    def _judge(self, valid: Sequence[DemonstrationRow], reward: FrozenEngine | None) -> ResponseJudge:
+        """Responses to all validation prompts for the reward model, or to a few of them, to be read."""
+        rows = [PromptRow(row.prompt_ids, row.source) for row in (valid if reward else valid[:NUM_SAMPLES])]
         prompts = prompt_batch(rows, pad_id=self.tokenizer.pad_id)
-        generator = Generator(
-            self.model.transformers,
-            self.model.groups,
-            architecture=self.model.spec.architecture,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-        )
+        generator = generator_of(self.model, self.tokenizer)
         return ResponseJudge(generator, prompts, self.config.sampling, seed=self.config.run.seed, reward=reward)
 
     def next_batch(self) -> TextBatch:
@@ -87,13 +79,15 @@ class SupervisedFineTuning:
             result = self.model.step([Term("model", LanguageModelLoss(), self.next_batch())], learning_rate=rate)
         return step_metrics("model", [result], rate) | timed(self.timers)
 
-    def evaluate(self, number: int) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Loss on validation demonstrations and on held-out text, and the reward of sampled responses where there is a judge."""
         metrics = self.held_out.metrics(self.model)
         if self.valid is not None:
             metrics["valid/loss"] = language_model_loss_on(self.model, self.valid)
-        if self.judge is not None:
-            metrics |= self.judge.judge(iteration=number).metrics("valid")
+            judged = self.judge.judge()
+            self.samples = response_records(judged.rollouts, self.tokenizer, reward=judged.scores)[:NUM_SAMPLES]
+            if judged.scores is not None:
+                metrics |= judged.metrics("valid")
         return metrics
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -104,9 +98,6 @@ class SupervisedFineTuning:
         better = self.best is None or score > self.best
         self.best = score if better else self.best
         return better
-
-    def finish(self) -> None:
-        """Nothing more to do."""
 
     def state_dict(self) -> dict:
         """Data cursors and the best score."""
@@ -122,11 +113,5 @@ class SupervisedFineTuning:
 
 def sft(config: SftConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf sft`."""
-    stage = SupervisedFineTuning(config, world)
     run = Run(config, world, fresh=fresh)
-    for line in stage.records.skipped():
-        run.say(line)
-    try:
-        return run_stage(stage, run)
-    finally:
-        run.close()
+    return run_stage(SupervisedFineTuning(config, world), run)

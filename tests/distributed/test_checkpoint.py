@@ -171,11 +171,9 @@ def check_low_precision(folder, precision):
     """float32 masters, moments and the loss scale come back; the reward model's head is float32 in a low-precision model."""
     world = World.connect()
     terms = [Term("ranking", RankingLoss(), rankings())]
-    adam = dataclasses.replace(ADAM, initial_loss_scale=2.0**30)
-    first, second = (
-        build("reward", world.groups(world.layout(tp=2)), precision=precision, adam=adam, seed=seed) for seed in (1, 5)
-    )
-    for _ in range(24):
+    adam = dataclasses.replace(ADAM, initial_loss_scale=2.0**24)
+    first, second = (build("reward", world.groups(world.layout(tp=2)), precision=precision, adam=adam, seed=seed) for seed in (1, 5))
+    for _ in range(10):
         first.step(terms, learning_rate=LEARNING_RATE)
     checkpoint.save(folder / precision, {"reward": first}, {}, world)
     checkpoint.load(folder / precision, {"reward": second})
@@ -183,7 +181,7 @@ def check_low_precision(folder, precision):
     assert_same(local_weights(first), local_weights(second))
     results = [[engine.step(terms, learning_rate=LEARNING_RATE) for _ in range(2)] for engine in (first, second)]
     assert results[0] == results[1] and not results[0][0].skipped
-    assert results[0][0].loss_scale == 1.0 or 1.0 < results[0][0].loss_scale < 2.0**30
+    assert results[0][0].loss_scale == 1.0 or 1.0 < results[0][0].loss_scale < 2.0**24
     assert_same(checkpoint._full_local_tensors(first), checkpoint._full_local_tensors(second))
 
 

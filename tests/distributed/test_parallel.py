@@ -37,8 +37,8 @@ def check_groups():
         assert groups.is_first_stage == (groups.coordinates.pp == 0) and groups.is_last_stage == (groups.coordinates.pp == layout.pp - 1)
         collection = groups.collection(tied_embeddings=False)
         assert collection.embd is None and collection.tp is groups.tp and collection.intra_dist_opt.size() == world.size
-    distinct = {frozenset(ranks) for axes in LAYOUTS for peers in AXES.values() for ranks in world.layout(**axes).peers(peers)}
-    assert len(world._groups) <= len([ranks for ranks in distinct if world.rank in ranks]) + 2  # itself, and the ends of a pipeline
+    groups, other = world.groups(world.layout(tp=2, pp=2)), world.groups(world.layout(tp=2))
+    assert groups.tp is other.tp is other.copy and groups.copy is other.world  # the same peers, the same group
 
 
 def test_groups_are_those_of_the_layout(ranks4):
@@ -68,8 +68,12 @@ def test_collectives_do_what_they_mean(ranks4):
     ranks4.run(check_collectives)
 
 
-def check_vocab(tp, vocab_size, padded, dtype, temperature):
+def check_vocab(vocab_size, padded, dtype, temperature):
     world = World.connect()
+    return [vocab_of(world, tp, vocab_size, padded, dtype, temperature) for tp in (1, 2, 4)]
+
+
+def vocab_of(world, tp, vocab_size, padded, dtype, temperature):
     groups = world.groups(world.layout(tp=tp))
     generator = torch.Generator().manual_seed(vocab_size)
     full = (torch.randn(3, 7, padded, generator=generator) * 5).to(dtype)
@@ -112,9 +116,9 @@ def check_vocab(tp, vocab_size, padded, dtype, temperature):
     ],
 )
 def test_vocabulary_parallel_is_dense_forward_and_backward(ranks4, vocab_size, padded, dtype, temperature):
-    for tp in (1, 2, 4):
-        by_rank = ranks4.run(check_vocab, tp, vocab_size, padded, dtype, temperature)
-        assert all(torch.equal(a, b) for ranks in by_rank for a, b in zip(ranks, by_rank[0], strict=True))
+    by_rank = ranks4.run(check_vocab, vocab_size, padded, dtype, temperature)
+    for of_tp in zip(*by_rank, strict=True):
+        assert all(torch.equal(a, b) for rank in of_tp for a, b in zip(rank, of_tp[0], strict=True))
 
 
 def check_a_world_of_one():

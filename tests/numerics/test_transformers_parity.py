@@ -131,7 +131,9 @@ def test_logits_are_those_of_transformers(groups, make, variant, weights_of):
     assert parameters.keys() == weights.keys()
     for name, parameter in parameters.items():
         padding = parameter.shape[0] - weights[name].shape[0]  # of the vocabulary
-        assert padding == (architecture.padded_vocab_size - VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else 0)
+        assert padding == (
+            architecture.padded_vocab_size - VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else 0
+        )
         parameter.copy_(torch.nn.functional.pad(weights[name], (0, 0, 0, padding)) if padding else weights[name])
     tokens = torch.randint(0, VOCAB, (3, 40))
     ours.eval()

@@ -65,5 +65,7 @@ def test_what_an_architecture_refuses():
         make_architecture("gpt3-1b", vocab_size=100)
     with pytest.raises(ValueError, match=r"a model needs a preset \(.*\) or num_heads"):
         make_architecture(None, vocab_size=100, num_layers=2, hidden_size=8)
-    with pytest.raises(ValueError, match="hidden_size 10 must be divisible by num_heads 4; num_heads 4 must be divisible by num_kv_heads 3"):
+    with pytest.raises(
+        ValueError, match="hidden_size 10 must be divisible by num_heads 4; num_heads 4 must be divisible by num_kv_heads 3"
+    ):
         make_architecture(None, vocab_size=100, num_layers=2, hidden_size=10, num_heads=4, num_kv_heads=3)

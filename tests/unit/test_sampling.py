@@ -1,0 +1,165 @@
+"""Sampling from logits: the noise is noise, and the tokens are those of the distribution that was asked for."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megarlhf.generation.sampling import Sampling, gumbel_noise, sample_tokens
+
+VOCAB, PADDED = 12, 16
+ROWS = 40000
+EULER = 0.5772156649015329
+SETTINGS = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 4},
+    {"top_p": 0.7},
+    {"temperature": 1.5, "top_k": 5, "top_p": 0.8},
+]
+
+
+def logits(rows, *, seed=0):
+    """[rows, PADDED]; the padded ids would always win, were they not excluded."""
+    drawn = 2 * torch.randn(rows, PADDED, generator=torch.Generator().manual_seed(seed))
+    drawn[:, VOCAB:] = 50.0
+    return drawn
+
+
+def sample(values, *, samples=None, positions=None, seed=1, iteration=0, vocab_size=VOCAB, **settings):
+    rows = torch.arange(len(values))
+    return sample_tokens(
+        values,
+        Sampling(**settings),
+        vocab_size=vocab_size,
+        tp=None,
+        seed=seed,
+        iteration=iteration,
+        samples=rows if samples is None else samples,
+        positions=torch.zeros_like(rows) if positions is None else positions,
+    )
+
+
+def naive_scores(row, *, temperature=1.0, top_k=None, top_p=None):
+    """What can be sampled of one row and its logit / temperature, as {id: score}; without ties."""
+    scores = sorted(((float(row[token]) / temperature, token) for token in range(VOCAB)), reverse=True)[:top_k]
+    total = sum(math.exp(score) for score, _ in scores)
+    kept, probability = {}, 0.0
+    for score, token in scores:
+        if probability < (top_p or 1.0):
+            kept[token] = score
+        probability += math.exp(score) / total
+    return kept
+
+
+def chi_square(counts, probabilities):
+    """Pearson's statistic and a bound that one in about 30000 draws of the distribution exceeds (Wilson and Hilferty 1931)."""
+    expected = probabilities * counts.sum()
+    degrees = int((probabilities > 0).sum()) - 1
+    assert counts[probabilities == 0].sum() == 0
+    real = probabilities > 0
+    statistic = float(((counts - expected)[real] ** 2 / expected[real]).sum())
+    return statistic, degrees * (1 - 2 / (9 * degrees) + 4.0 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("key", ["samples", "positions"])
+def test_frequencies_are_the_distributions(key, settings):
+    row = logits(1)
+    numbers = torch.arange(ROWS)
+    keys = {"samples": torch.full_like(numbers, 7), "positions": torch.full_like(numbers, 5), key: numbers}
+    tokens = sample(row.expand(ROWS, -1), **keys, **settings)
+    kept = naive_scores(row[0], **settings)
+    weights = torch.tensor([math.exp(kept[token]) if token in kept else 0.0 for token in range(VOCAB)])
+    statistic, bound = chi_square(torch.bincount(tokens, minlength=VOCAB).double(), (weights / weights.sum()).double())
+    assert statistic < bound
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_token_is_the_best_of_what_is_kept_with_its_noise(settings):
+    values = logits(60)
+    samples, positions = torch.arange(60) % 9, torch.arange(60) // 9
+    tokens = sample(values, samples=samples, positions=positions, seed=3, iteration=2, **settings)
+    noise = gumbel_noise(3, 2, samples, positions, torch.arange(PADDED))
+    for row in range(60):
+        kept = naive_scores(values[row], **settings)
+        assert tokens[row] == max(kept, key=lambda token: kept[token] + float(noise[row, token]))
+
+
+def test_limits_of_the_settings():
+    values = logits(200)
+    likeliest = values[:, :VOCAB].argmax(dim=-1)
+    assert torch.equal(sample(values, temperature=0.0), likeliest)
+    assert torch.equal(sample(values, top_k=1), likeliest)
+    assert torch.equal(sample(values, top_p=1e-6), likeliest)
+    free = sample(values)
+    assert not torch.equal(free, likeliest)
+    for off in ({"top_k": 0}, {"top_k": VOCAB}, {"top_k": 10 * PADDED}, {"top_p": 1.0}):
+        assert torch.equal(sample(values, **off), free)
+    assert Sampling(temperature=0.7).logprob_temperature == 0.7 and Sampling(temperature=0.0).logprob_temperature == 1.0
+
+
+def test_equal_logits_go_to_the_smallest_id_and_stay_together_at_a_threshold():
+    values = torch.zeros(500, PADDED)
+    values[:, [2, 5, 9]] = 1.0
+    assert sample(values, temperature=0.0).eq(2).all()
+    assert set(sample(values, top_k=2).tolist()) == set(sample(values, top_p=0.05).tolist()) == {2, 5, 9}
+
+
+def test_a_token_depends_on_its_own_keys_only():
+    values = logits(64)
+    samples, positions = torch.arange(64) + 100, torch.arange(64) % 7
+    whole = sample(values, samples=samples, positions=positions)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:20]
+    assert torch.equal(sample(values[order], samples=samples[order], positions=positions[order]), whole[order])
+    wider = torch.cat([values, torch.full((64, 16), 60.0)], dim=1)
+    assert torch.equal(sample(wider, samples=samples, positions=positions), whole)
+    noise = gumbel_noise(1, 0, samples, positions, torch.arange(40))
+    assert torch.equal(gumbel_noise(1, 0, samples[order], positions[order], torch.arange(13, 29)), noise[order, 13:29])
+
+
+def test_noise_is_standard_gumbel():
+    noise = gumbel_noise(1, 0, torch.arange(500), torch.arange(500) % 5, torch.arange(400)).flatten()
+    n = noise.numel()
+    assert noise.dtype == torch.float64 and noise.isfinite().all() and noise.unique().numel() == n
+    assert abs(noise.mean() - EULER) < 4 * math.pi / math.sqrt(6 * n)
+    variance = math.pi**2 / 6
+    assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / n)  # a Gumbel's kurtosis is 5.4
+    uniform = (-(-noise).exp()).exp().sort().values
+    assert (uniform - torch.arange(n) / n).abs().max() < 2.3 / math.sqrt(n)  # Kolmogorov and Smirnov, one in 20000
+
+
+def uniform_along(key, n):
+    """[n, 64] uniforms: along the rows `key` counts, along the columns another key, so that each column is one sequence."""
+    counting, other = torch.arange(n), torch.arange(64)
+    if key in ("seed", "iteration"):
+        rows = [gumbel_noise(*((i, 3) if key == "seed" else (3, i)), torch.tensor([4]), torch.tensor([5]), other) for i in range(n)]
+        noise = torch.cat(rows)
+    elif key == "vocabulary":
+        noise = gumbel_noise(3, 3, other, torch.full_like(other, 5), counting).T
+    else:
+        fixed = torch.full_like(counting, 5)
+        samples, positions = (counting, fixed) if key == "sample" else (fixed, counting)
+        noise = gumbel_noise(3, 3, samples, positions, other)
+    return (-(-noise).exp()).exp()
+
+
+@pytest.mark.parametrize("lag", [1, 2, 16])
+@pytest.mark.parametrize("key", ["seed", "iteration", "sample", "position", "vocabulary"])
+def test_noise_is_independent_along_every_key(key, lag):
+    uniform = uniform_along(key, 400)
+    first, second = uniform[:-lag].flatten(), uniform[lag:].flatten()
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 4 / math.sqrt(first.numel())
+    cells = torch.bincount((first * 8).long() * 8 + (second * 8).long(), minlength=64).double()
+    statistic, bound = chi_square(cells, torch.full((64,), 1 / 64, dtype=torch.float64))
+    assert statistic < bound
+
+
+def test_keys_do_not_stand_for_each_other():
+    """Swapped or shifted keys give other noise: no sum or exclusive or of the keys decides it."""
+    ids = torch.arange(8)
+    keys = list(itertools.product(range(5), repeat=4))
+    noise = [gumbel_noise(a, b, torch.tensor([c]), torch.tensor([d]), ids) for a, b, c, d in keys]
+    assert torch.cat(noise).unique().numel() == len(keys) * len(ids)
+    assert gumbel_noise(2**63 - 1, 2**40, torch.tensor([2**50]), torch.tensor([2**20]), ids).isfinite().all()
