@@ -4,9 +4,9 @@
     python tools/benchmark_trl.py                                    one process on the CPU, float32
 
 The PPO trainer of TRL 1.9.2 is `trl.experimental.ppo`; 1.12.0 is the last release that has one. The policy, the reference, the
-reward and the value model are GPT-2 (GPT2LMHeadModel twice, GPT2ForSequenceClassification with one label twice) at random initialization, without
-dropout. An iteration generates 32 tokens for each of 64 random prompts of 32 tokens, scores the 64 episodes, and makes 4 optimizer
-steps, each on 16 of them. Settings, in TRL's names:
+reward and the value model are GPT-2 (GPT2LMHeadModel twice, GPT2ForSequenceClassification with one label twice) at random
+initialization, without dropout. An iteration generates 32 tokens for each of 64 random prompts of 32 tokens, scores the 64
+episodes, and makes 4 optimizer steps, each on 16 of them. Settings, in TRL's names:
 
     per_device_train_batch_size 64, gradient_accumulation_steps 1, num_mini_batches 4, num_ppo_epochs 1
         4 minibatches of 16 in one piece, each an optimizer step. 16 x 4 makes the same minibatches, but `accelerator.accumulate`

@@ -20,8 +20,8 @@ from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.pipeline import broadcast_from_last_stage, pass_between_stages
 from megarlhf.parallel.vocab import vocab_parallel_logprobs
 
-LEAVE_SHARE = 0.25
-"""Finished rows leave the batch when they are this share of it: copying the cache costs about as much as a few steps."""
+LEAVE_SHARE = 0.125
+"""Finished rows leave the batch when they are this share of it: sooner copies the cache too often, later computes for nobody."""
 
 
 class RolloutSource(Protocol):

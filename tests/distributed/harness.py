@@ -14,12 +14,14 @@ check gets a fresh default group over as many of them as it asks for:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
@@ -148,9 +150,10 @@ class RankProcesses:
         return Path(self._folder.name) / f"stack{rank}"
 
     def _end(self) -> None:
-        """End all processes. They have nothing to put away, so at once."""
+        """End all processes, and those that they started. They have nothing to put away, so at once."""
         for process, pipe in zip(self._processes, self._pipes, strict=True):
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             pipe.close()
         for process in self._processes:
             process.join()
@@ -160,6 +163,7 @@ class RankProcesses:
 
 def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
     """One rank's process: runs job after job until it is ended."""
+    os.setpgid(0, 0)  # a group of its own, with the processes that megatron-core's checkpoint writer starts and never ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -201,4 +205,4 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
 def _end_with_parent() -> None:
     """End this process when pytest's has ended, however it did."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
