@@ -33,6 +33,7 @@ class KeyValueCache:
         }
         self._device = device
         self._mask: Tensor | None = None
+        self._rows = torch.arange(batch, device=device)
         self.positions = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         """[batch, new]: where the tokens of the current forward pass stand."""
 
@@ -44,6 +45,7 @@ class KeyValueCache:
     def decode(self, positions: Tensor, longest: int) -> None:
         """The next forward pass holds one token per row, at `positions` [batch], none beyond `longest` - 1."""
         self.positions = positions[:, None]
+        self._rows = torch.arange(len(positions), device=self._device)
         self._mask = (torch.arange(longest, device=self._device) <= self.positions)[:, None, None]  # [batch, 1, 1, longest]
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,9 +56,9 @@ class KeyValueCache:
             keys[:, :, : key.shape[2]] = key
             values[:, :, : value.shape[2]] = value
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        index = self.positions[:, None, :, None].expand_as(key)
-        keys.scatter_(2, index, key)
-        values.scatter_(2, index, value)
+        rows, columns = self._rows, self.positions[:, 0]
+        keys[rows, :, columns] = key[:, :, 0]
+        values[rows, :, columns] = value[:, :, 0]
         longest = self._mask.shape[-1]
         return F.scaled_dot_product_attention(
             query, keys[:, :, :longest], values[:, :, :longest], attn_mask=self._mask, enable_gqa=grouped

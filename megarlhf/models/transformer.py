@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention
+from megarlhf.models.linear import ColumnLinear, RowLinear
 from megarlhf.models.norm import Norm
 from megarlhf.models.parameters import TIED_NAME, Head, Shard, shards_held
 from megarlhf.models.scalar_head import ScalarHead
@@ -139,7 +140,12 @@ def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     rotary_base = spec.architecture.rotary_base if spec.architecture.positions == "rotary" else None
-    layer.submodules.self_attention.submodules.core_attention = functools.partial(SdpaAttention, rotary_base=rotary_base)
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
+    attention.core_attention = functools.partial(SdpaAttention, rotary_base=rotary_base)
+    # a ModuleSpec in older releases of megatron-core, a partial in newer ones
+    feed_forward = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    attention.linear_qkv = feed_forward.linear_fc1 = ColumnLinear
+    attention.linear_proj = feed_forward.linear_fc2 = RowLinear
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
 
 

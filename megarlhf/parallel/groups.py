@@ -93,6 +93,7 @@ class World:
         rendezvous address.
         """
         platform.prepare_megatron()
+        platform.keep_freed_memory()
         rank, size, local_rank = _place_in_run()
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
