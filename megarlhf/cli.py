@@ -76,8 +76,11 @@ def _run(command: str, config: StageConfig | None, problem: str | None, *, fresh
         require_same_config(config, world)
         _stage(command)(config, world, fresh=fresh)
     except ConfigError as error:  # all ranks raise it together
+        if world.rank == 0:
+            _refuse(command, str(error))
+        world.barrier()  # a launcher ends the others when the first has ended
         world.close()
-        return _refuse(command, str(error)) if world.rank == 0 else 2
+        return 2
     except ValueError as error:  # perhaps on this rank only, and the others wait for it: they end when this process does
         return _refuse(command, f"rank {world.rank} of {world.size}: {error}")
     world.close()

@@ -94,7 +94,7 @@ def config_of(args: argparse.Namespace) -> PpoConfig:
         num_layers=args.layers, hidden_size=args.hidden_size, num_heads=args.heads, max_seq_len=args.prompt_len + args.response_len
     )
     adam = AdamConfig(learning_rate=1e-5)
-    rows = args.micro_batch_size or args.prompts
+    rows = args.micro_batch_size or args.prompts // args.minibatches  # small enough for the caches of a CPU
     trained = TrainedModelConfig(architecture=architecture, adam=adam, micro_batch_size=rows, precision=args.precision)
     frozen = ModelConfig(architecture=architecture, micro_batch_size=rows, precision=args.precision)
     return PpoConfig(
@@ -113,6 +113,7 @@ def config_of(args: argparse.Namespace) -> PpoConfig:
             batch_size=args.prompts,
             minibatch_size=args.prompts // args.minibatches,
             ptx_coef=0.0,
+            recompute_logprobs=args.recompute_logprobs,
         ),
         generation=GenerationConfig(
             parallel=ParallelConfig(tp=args.generation_tp or args.tp, pp=args.generation_pp or args.pp),
@@ -132,7 +133,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--response-len", type=int, default=32)
     parser.add_argument("--minibatches", type=int, default=4, help="optimizer steps of one iteration")
-    parser.add_argument("--micro-batch-size", type=int, help="most rows of one forward pass; all by default")
+    parser.add_argument("--micro-batch-size", type=int, help="most rows of one forward pass; a minibatch by default")
+    parser.add_argument("--recompute-logprobs", action="store_true", help="take old log-probabilities from a pass of their own")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from megarlhf.evaluation.win_rate import win_rate
 
 MAX_SCORE = 6.0
 TIE_MARGIN = 0.05
@@ -94,22 +95,6 @@ def preference(prompt: str, a: str, b: str, pairs: Collection[str]) -> float:
     """1 when response `a` is the better one, 0 when `b` is, 1/2 for a tie."""
     difference = score(prompt, a, pairs) - score(prompt, b, pairs)
     return 0.5 if abs(difference) < TIE_MARGIN else float(difference > 0)
-
-
-def win_rate(preferences: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of `preferences` (a tie is half a win) and its 95 % Wilson interval: (rate, low, high).
-
-    A tie varies less than a win or a loss, so the interval is on the wide side.
-
-    Raises:
-        ValueError: there are no preferences.
-    """
-    if not preferences:
-        raise ValueError("a win rate needs at least one comparison; there is none")
-    count, rate, z = len(preferences), sum(preferences) / len(preferences), 1.959964
-    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return rate, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def grades(scores: Sequence[float], noise: Sequence[float], *, noise_std: float) -> list[int]:

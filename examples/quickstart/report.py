@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from labelling import preference, read_pairs, score, win_rate
+from labelling import preference, read_pairs, score
 
+from megarlhf.evaluation.win_rate import win_rate
 from megarlhf.telemetry.tables import format_table
 
 MODELS = {"SFT baseline": "sft", "PPO start": "ppo_init", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}

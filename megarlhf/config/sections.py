@@ -40,7 +40,8 @@ class RunConfig:
     """Where a run lives, and what it leaves there."""
 
     dir: str
-    """The run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/. A run started again here resumes."""
+    """The run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/. A run started again here goes on from its newest
+    checkpoint, at any layout. Its seed, and in sft and reward its batch, must stay; what else has changed is said."""
     seed: int = 1
     """Seed of initial weights, data order, dropout and sampling."""
     save_every: int = 0
@@ -58,7 +59,7 @@ class RunConfig:
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        return at_least(self, 0, "save_every", "eval_every") + at_least(self, 1, "keep_checkpoints", "threads")
+        return at_least(self, 0, "seed", "save_every", "eval_every") + at_least(self, 1, "keep_checkpoints", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,8 @@ class SamplingConfig:
     temperature: float = 1.0
     """What logits are divided by (Ouyang et al. 2022, Appendix C.4: 1); 0 takes the most likely token."""
     top_k: int | None = None
-    """Sample among the k most likely tokens only; null: all."""
+    """Sample among the k most likely tokens only; null: all. In PPO top_k and top_p bias the update: its ratio is of the
+    probabilities over the whole vocabulary, which are not those that were sampled from."""
     top_p: float | None = None
     """Sample among the smallest set with this probability; null: all."""
     max_new_tokens: int = 1024

@@ -121,12 +121,20 @@ class SftConfig(StageConfig):
             found.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.pretraining_mix < 1:
             found.append(f"pretraining_mix must be in [0, 1), got {self.pretraining_mix}")
+        mixed = round(self.pretraining_mix * self.batch_size)
+        if 0 < self.pretraining_mix < 1 and not 0 < mixed < self.batch_size:
+            share = f"pretraining_mix {self.pretraining_mix} of batch_size {self.batch_size}"
+            found.append(f"{share} is {mixed} rows; both kinds of rows need one at least")
         if self.pretraining_mix and self.data.pretraining is None:
             found.append(f"pretraining_mix {self.pretraining_mix} needs data.pretraining")
         if self.select_by != "last" and self.data.valid is None:
             found.append(f"select_by {self.select_by} needs data.valid")
-        if (self.select_by == "reward") != (self.reward is not None):
-            found.append(f"reward (a reward model) goes with select_by: reward, and select_by is {self.select_by}")
+        if self.select_by != "last" and self.run.eval_every == 0:
+            found.append(f"select_by {self.select_by} needs run.eval_every: judged at the end only, there is nothing to select from")
+        if self.select_by == "reward" and self.reward is None:
+            found.append("select_by reward needs reward, the model that judges")
+        if self.select_by != "reward" and self.reward is not None:
+            found.append(f"reward judges only with select_by: reward, and select_by is {self.select_by}")
         return found
 
 
@@ -185,6 +193,11 @@ class AdaptiveKlConfig:
     horizon: int = 10000
     """Episodes over which the coefficient may move by about a fifth."""
 
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        found = [] if self.target > 0 else [f"target must be above 0, got {self.target}"]
+        return found + at_least(self, 1, "horizon")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PpoSettings:
@@ -218,6 +231,9 @@ class PpoSettings:
     """Pretraining rows per episode."""
     unfinished_penalty: float | None = None
     """Score of a response that did not end within its limit (Ziegler et al. 2019: -1); null keeps the reward model's."""
+    recompute_logprobs: bool = True
+    """Take the acting policy's log-probabilities from a forward pass of the trainer, so that the first minibatch's ratio is
+    exactly 1; false takes the generator's, the same model's up to rounding, and saves that pass."""
     warmup_iterations: int = 10
     """Iterations over which both learning rates rise linearly from a tenth; constant after."""
     ema_decay: float = 0.992

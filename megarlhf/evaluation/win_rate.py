@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """How often A was preferred to B, a tie counting one half."""
+def win_rate(preferences: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of `preferences` (a tie is half a win) and its 95 % Wilson interval: (rate, low, high).
 
-    rate: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    """Upper end of the 95 % interval."""
-    comparisons: int
+    A tie varies less than a win or a loss, so the interval is on the wide side.
 
-    def __str__(self) -> str:
-        return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def win_rate(preferences: Sequence[float]) -> WinRate:
-    """The mean of preferences (1: A, 0: B, 0.5: tie) with a normal 95 % interval from their own spread, within [0, 1].
-
-    ValueError when there is nothing to compare.
+    Raises:
+        ValueError: there are no preferences.
     """
-    n = len(preferences)
-    if n == 0:
-        raise ValueError("a win rate needs at least one comparison")
-    mean = sum(preferences) / n
-    variance = sum((p - mean) ** 2 for p in preferences) / max(1, n - 1)
-    half = 1.96 * math.sqrt(variance / n)
-    return WinRate(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+    if not preferences:
+        raise ValueError("a win rate needs at least one comparison; there is none")
+    count, rate, z = len(preferences), sum(preferences) / len(preferences), 1.959964
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return rate, max(0.0, middle - half), min(1.0, middle + half)

@@ -47,8 +47,8 @@ class ModelPlan:
         )
 
     def __str__(self) -> str:
-        average = "the moving average of " if self.average else ""
-        source = f"{average}{self.saved_model} in {self.checkpoint}" if self.checkpoint else "fresh weights"
+        average = ", moving average" if self.average else ""
+        source = f"from {self.checkpoint} ({self.saved_model}{average})" if self.checkpoint else "fresh weights"
         return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}"
 
 

@@ -41,7 +41,7 @@ class Judgement:
     scores: Tensor
     """[batch] of the reward model, penalty for unfinished responses included."""
     logprobs: Tensor
-    """[batch, seq - 1] of the policy that sampled, recomputed by the trainer."""
+    """[batch, seq - 1] of the policy that sampled, recomputed by the trainer (or, where so configured, the generator's)."""
     ref_logprobs: Tensor
     """[batch, seq - 1] of the reference."""
     values: Tensor
@@ -146,7 +146,11 @@ class ProximalPolicyOptimization(Stage):
         scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
         return Judgement(
             scores=scores,
-            logprobs=roles.policy.logprobs(rollouts, mask, temperature=self.temperature),
+            logprobs=(
+                roles.policy.logprobs(rollouts, mask, temperature=self.temperature)
+                if self.settings.recompute_logprobs
+                else rollouts.logprobs
+            ),
             ref_logprobs=roles.reference.logprobs(rollouts, mask, temperature=self.temperature),
             values=roles.value.values(rollouts, mask),
         )

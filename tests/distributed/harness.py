@@ -154,6 +154,7 @@ class RankProcesses:
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # one that has no group yet
             pipe.close()
         for process in self._processes:
             process.join()

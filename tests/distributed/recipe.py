@@ -13,6 +13,7 @@ from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 from megarlhf.parallel.groups import World
 
+STAGES = ("base", "sft", "reward", "ppo")
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "max_seq_len": 40, "init_std": 0.1}
 SMALL = {**SIZES, "num_layers": 2, "hidden_size": 16}
 ADAM = {"learning_rate": 3e-3, "eps": 1e-5}
@@ -88,6 +89,12 @@ def configurations(folder: Path) -> dict[str, dict]:
 
 def write_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def check_stages(folder: Path, runs: Path, names: list[str], overrides: list[str]) -> None:
+    """Run stages one after another in this world, into runs/name, with the recipe's own runs as what they start from."""
+    for name in names:
+        run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}", *overrides])
 
 
 class Interrupted(Exception):

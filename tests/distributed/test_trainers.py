@@ -1,41 +1,43 @@
-"""The stages, end to end in miniature: layouts, resumes, the paper's facts, and what a user is told."""
+"""The stages, end to end in miniature: layouts, resumes, and the paper's facts."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
-from tests.distributed.recipe import curves, lines_of, make_recipe, run_stage_of
+from megarlhf.config import ConfigError
+from megarlhf.data.collation import prompt_batch
+from megarlhf.engine import checkpoint
+from megarlhf.evaluation.text import language_model_loss_on
+from megarlhf.parallel.groups import World
+from megarlhf.trainers.run import find_checkpoint
+from tests.distributed.recipe import ADAM, STAGES, check_stages, curves, lines_of, run_stage_of
 
-STAGES = ("base", "sft", "reward", "ppo")
-
-
-@pytest.fixture(scope="module")
-def recipe(ranks1, tmp_path_factory):
-    """The recipe's folder, with every stage run on one rank."""
-    folder = make_recipe(tmp_path_factory.mktemp("recipe"))
-    ranks1.run(check_stages, folder, folder / "runs", [])
-    return folder
-
-
-def check_stages(folder, runs, overrides):
-    for name in STAGES:
-        run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}", *overrides])
+TOLERANCE = 1e-5
 
 
-def largest_difference(one, other):
-    """Of two curves' numbers; anything else must be equal."""
-    assert len(one) == len(other)
-    worst = (0.0, "")
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            if isinstance(a[name], float):
-                worst = max(worst, (abs(a[name] - b[name]) / (1 + abs(b[name])), f"{name} {a['step']}"))
-            else:
-                assert a[name] == b[name], name
-    return worst
+def assert_alike(one, other):
+    """Equal but for rounding: nested lists and mappings of numbers and whatever else."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)
+    else:
+        assert one == other
 
+
+# Layouts
 
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
@@ -50,7 +52,276 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_stage_gives_the_same_curves_in_every_layout(recipe, ranks2, ranks4, name, tmp_path):
     num_ranks, overrides = LAYOUTS[name]
-    (ranks2 if num_ranks == 2 else ranks4).run(check_stages, recipe, tmp_path, overrides)
+    (ranks2 if num_ranks == 2 else ranks4).run(check_stages, recipe, tmp_path, STAGES, overrides)
     for stage in STAGES:
-        print(stage, largest_difference(curves(tmp_path / stage), curves(recipe / "runs" / stage)))
-    assert lines_of(tmp_path / "ppo" / "samples.jsonl")
+        assert_alike(curves(tmp_path / stage), curves(recipe / "runs" / stage))
+    for stage in ("sft", "ppo"):
+        assert_alike(lines_of(tmp_path / stage / "samples.jsonl"), lines_of(recipe / "runs" / stage / "samples.jsonl"))
+
+
+def test_ppo_gives_the_same_curves_with_a_layout_for_each_model(recipe, ranks2, tmp_path):
+    layouts = ["policy.parallel.tp=2", "value.parallel.pp=2", "reference.parallel.pp=2", "generation.parallel.tp=1"]
+    ranks2.run(check_stages, recipe, tmp_path, ["ppo"], layouts)
+    assert_alike(curves(tmp_path / "ppo"), curves(recipe / "runs" / "ppo"))
+    assert_alike(lines_of(tmp_path / "ppo" / "samples.jsonl"), lines_of(recipe / "runs" / "ppo" / "samples.jsonl"))
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.tp=2"]], ids=["dp2", "tp2"])
+def test_generate_and_evaluate_give_the_same_on_two_ranks(recipe, ranks2, overrides, tmp_path):
+    ranks2.run(check_stages, recipe, tmp_path, ["generate", "evaluate"], overrides)
+    for name in ("generate", "evaluate"):
+        assert_alike(lines_of(tmp_path / name / "responses.jsonl"), lines_of(recipe / "runs" / name / "responses.jsonl"))
+    one, other = (json.loads((runs / "evaluate" / "evaluation.json").read_text()) for runs in (tmp_path, recipe / "runs"))
+    assert_alike(one, other)
+    names = {"text_loss", "loss", "reward_mean", "kl", "response_len", "finished_fraction"}
+    assert one.keys() == {f"valid/{name}" for name in names}
+
+
+# Resumes
+
+
+def everything(stage):
+    """Role -> kind -> canonical name -> this rank's values: all that a checkpoint's tensors hold."""
+    return {role: checkpoint._full_local_tensors(engine) for role, engine in stage.models.items()}
+
+
+def check_resume(folder, runs, name, overrides):
+    """A run that dies in its fourth step, goes on from its second, and ends bit for bit like one that did not."""
+    yaml = folder / f"{name}.yaml"
+    overrides = ["run.save_every=2", *overrides]
+    whole = run_stage_of(yaml, [f"run.dir={runs / 'whole'}", *overrides])
+    torch.manual_seed(5)  # the state of torch's generator, which a new process does not share, does not matter
+    interrupted = [f"run.dir={runs / 'interrupted'}", *overrides]
+    run_stage_of(yaml, interrupted, stop_before=3)
+    World.connect().barrier()
+    if World.connect().rank == 0:
+        assert [line["step"] for line in curves(runs / "interrupted")] == [1, 2, 3]
+        shutil.copytree(runs / "interrupted", runs / "elsewhere")
+    World.connect().barrier()
+    resumed = run_stage_of(yaml, interrupted)
+    torch.testing.assert_close(everything(resumed), everything(whole), rtol=0, atol=0)
+    assert resumed.state_dict() == whole.state_dict()
+    assert find_checkpoint(str(runs / "whole"), World.connect()).name == find_checkpoint(str(runs / "interrupted"), World.connect()).name
+
+
+WORSE = ["model.adam.learning_rate=0.3", "schedule.shape=constant"]
+"""SFT that soon gets worse, so that its best checkpoint is not its newest."""
+RESUMED = {
+    "sft": ["dropout=0.1", "select_by=valid_loss", "run.eval_every=1", "run.keep_checkpoints=1", *WORSE],
+    "ppo": ["ppo.iterations=4", "run.eval_every=3", "policy.parallel.tp=2", "ppo.epochs=2", "ppo.minibatch_size=8"],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(recipe, ranks1, ranks2, name, tmp_path):
+    ranks2.run(check_resume, recipe, tmp_path, name, RESUMED[name])
+    whole = curves(tmp_path / "whole")
+    assert [line["step"] for line in whole] == [1, 2, 3, 4]
+    assert curves(tmp_path / "interrupted") == whole
+    assert lines_of(tmp_path / "interrupted" / "samples.jsonl") == lines_of(tmp_path / "whole" / "samples.jsonl")
+
+    one_rank = [override for override in RESUMED[name] if "parallel" not in override]
+    if name == "sft":
+        return  # dropout's noise is drawn for each layout
+    ranks1.run(check_stages, recipe, tmp_path, ["ppo"], [*one_rank, f"run.dir={tmp_path / 'elsewhere'}", "run.save_every=2"])
+    assert_alike(curves(tmp_path / "elsewhere"), whole)
+
+
+def said_by(yaml, overrides, **how):
+    """(what a stage printed, what it was refused for)."""
+    refused = None
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            run_stage_of(yaml, overrides, **how)
+        except ConfigError as error:
+            refused = str(error)
+    return printed.getvalue(), refused
+
+
+def check_folders(folder, runs):
+    """What a start in a folder that is not empty does. The runs before it are those of the recipe, copied."""
+    yaml, at = folder / "ppo.yaml", f"run.dir={runs / 'ppo'}"
+    before = {path: path.read_bytes() for path in sorted((runs / "ppo").rglob("*")) if path.is_file()}
+    printed, refused = said_by(yaml, [at])
+    assert "already complete at step 2; choose another run.dir" in printed and refused is None
+    refusals = {
+        (): "--fresh: .* is not empty",
+        ("run.seed=2",): r"run.seed is 2, but .*ppo began with 1: order, noise and samples would be another run's; keep it or choose",
+        ("ppo.iterations=1",): "step_00000002 is at step 2, beyond the run's end at 1",
+        (f"data.prompts={folder}/prompts_valid.jsonl", "ppo.iterations=3"): "saved order has num_items 20, this one num_items 6",
+        ("data.pretraining.seq_len=16",): "saved pretraining stream has seq_len 32",
+    }
+    for overrides, expected in refusals.items():
+        printed, refused = said_by(yaml, [at, *overrides], fresh=not overrides)
+        assert refused is not None and re.search(expected, refused), refused
+    assert said_by(folder / "sft.yaml", [at])[1] == f"run.dir: {runs / 'ppo'} holds a run of ppo; choose another folder for sft"
+    sft = [f"run.dir={runs / 'sft'}", "batch_size=4", "pretraining_mix=0.5"]
+    assert [line.split(",")[0] for line in said_by(folder / "sft.yaml", sft)[1].splitlines()] == [
+        "batch_size is 4",
+        "pretraining_mix is 0.5",
+    ]
+    assert {path: path.read_bytes() for path in sorted((runs / "ppo").rglob("*")) if path.is_file()} == before
+
+    printed, refused = said_by(yaml, [at, "ppo.iterations=3", "ppo.kl_coef=0.5", "run.eval_every=1"])
+    assert refused is None
+    assert "changed since then: ppo.iterations 2 -> 3" in printed and "changed since then: ppo.kl_coef 0.02 -> 0.5" in printed
+    assert "eval_every" not in printed
+    assert [line["step"] for line in curves(runs / "ppo")] == [1, 2, 3]
+
+
+def test_what_a_start_in_a_used_folder_does(recipe, ranks1, tmp_path):
+    for name in ("ppo", "sft"):
+        shutil.copytree(recipe / "runs" / name, tmp_path / name)
+    ranks1.run(check_folders, recipe, tmp_path)
+
+
+# The paper's facts
+
+
+def weights(engine):
+    return {name: parameter.detach().clone() for name, parameter in engine.parameters().items()}
+
+
+def check_facts_before_training(folder, runs):
+    """Value from the reward model, generator from the policy, trunks from checkpoints."""
+    world = World.connect()
+    stage = run_stage_of(folder / "ppo.yaml", [f"run.dir={runs / 'start'}"], stop_before=0)
+    stage.generator.publish()
+    rollouts = stage.rollouts(prompt_batch(stage.prompts, pad_id=stage.tokenizer.pad_id), 0)
+    judged = stage.judged(rollouts)
+    last = (rollouts.lengths - 1)[:, None]
+    whole = torch.arange(rollouts.tokens.shape[1] - 1) < rollouts.lengths[:, None] - 1
+    assert stage.roles.value.spec.architecture.hidden_size < stage.roles.policy.spec.architecture.hidden_size
+    torch.testing.assert_close(stage.roles.value.scores(rollouts), stage.roles.reward.scores(rollouts), rtol=0, atol=0)
+    reward_values = stage.roles.reward.values(rollouts, whole)
+    torch.testing.assert_close(stage.roles.value.values(rollouts, whole), reward_values, rtol=0, atol=0)
+    # the value that goes with the last response token is that of the state before it
+    torch.testing.assert_close(judged.values.gather(1, last - 1), reward_values.gather(1, last - 1), rtol=0, atol=1e-6)
+    unfinished = torch.where(rollouts.finished, stage.roles.reward.scores(rollouts), -1.0)
+    torch.testing.assert_close(judged.scores, unfinished, rtol=0, atol=0)
+    torch.testing.assert_close(judged.logprobs, rollouts.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(judged.logprobs, judged.ref_logprobs, rtol=0, atol=1e-5)
+
+    base = run_stage_of(folder / "base.yaml")  # already complete: it has its last weights
+    on_base = ["model={load: %s, adam: {learning_rate: 0.001}}" % (folder / "runs" / "base"), f"run.dir={runs / 'reward'}"]
+    reward = run_stage_of(folder / "reward.yaml", on_base, stop_before=0)
+    trunk = {name: value for name, value in weights(reward.model).items() if not name.startswith("scalar_head")}
+    torch.testing.assert_close(trunk, weights(base.model), rtol=0, atol=0)
+    assert find_checkpoint(str(folder / "runs" / "base" / "checkpoints" / "step_00000004"), world).name == "step_00000004"
+
+
+def check_first_iteration(folder, runs):
+    """One iteration of one minibatch at several temperatures, and without text; returns the metrics."""
+    once = ["ppo.iterations=1", "ppo.minibatch_size=8", "ppo.ptx_ratio=1"]
+    frozen = run_stage_of(folder / "ppo.yaml", [f"run.dir={runs / 'start'}"], stop_before=0).roles
+    before = (frozen.reward.fingerprint(), frozen.reference.fingerprint())
+    start = weights(frozen.policy)
+
+    def run(name, *overrides):
+        return run_stage_of(folder / "ppo.yaml", [f"run.dir={runs / name}", *once, *overrides])
+
+    ptx = run("ptx")
+    assert (ptx.roles.reward.fingerprint(), ptx.roles.reference.fingerprint()) == before
+    policy = ptx.roles.policy
+    names = {parameter: name for name, parameter in policy.parameters().items()}
+    for parameter, average in policy.ema.averages.items():
+        moved = torch.lerp(start[names[parameter]], parameter.detach(), 0.1)
+        torch.testing.assert_close(average.view(parameter.shape), moved, rtol=1e-6, atol=1e-8)
+    with policy.ema.swapped_in():
+        assert language_model_loss_on(policy, ptx.held_out.rows) == curves(runs / "ptx")[-1]["valid/text_loss"]
+    assert language_model_loss_on(policy, ptx.held_out.rows) != curves(runs / "ptx")[-1]["valid/text_loss"]
+
+    plain, textless = run("plain", "ppo.ptx_coef=0"), run("textless", "ppo.ptx_coef=0", "data.pretraining=null")
+    torch.testing.assert_close(everything(plain), everything(textless), rtol=0, atol=0)
+    assert not torch.equal(weights(plain.roles.policy)["decoder.final_layernorm.weight"], weights(policy)["decoder.final_layernorm.weight"])
+    run("cool", "generation.sampling.temperature=0.5")
+    run("trusting", "ppo.recompute_logprobs=false", "generation.sampling.temperature=0.5")
+
+
+def test_where_ppo_starts_from(recipe, ranks1, tmp_path):
+    ranks1.run(check_facts_before_training, recipe, tmp_path)
+
+
+def test_the_first_iteration_of_ppo(recipe, ranks1, tmp_path):
+    ranks1.run(check_first_iteration, recipe, tmp_path)
+    ptx, plain, cool, trusting = (curves(tmp_path / name)[0] for name in ("ptx", "plain", "cool", "trusting"))
+    assert_alike(trusting, cool)
+    for metrics in (ptx, plain, cool):
+        assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert metrics["policy/approx_kl"] == pytest.approx(0.0, abs=1e-9)
+        assert metrics["policy/clip_fraction"] == 0
+        assert metrics["rollout/kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is where the policy starts
+        assert metrics["rollout/generator_logprob_gap"] < 1e-5
+    assert ptx["rollout/reward_mean"] == plain["rollout/reward_mean"] and "ptx/loss" not in plain
+    # text is always at temperature 1: before the first update, cool rollouts see the same policy on the same rows
+    assert cool["ptx/loss"] == pytest.approx(ptx["ptx/loss"], rel=1e-6)
+    assert cool["rollout/reward_mean"] != ptx["rollout/reward_mean"]
+
+
+def test_learning_rates_and_scores(recipe):
+    ppo, sft, reward = (curves(recipe / "runs" / name) for name in ("ppo", "sft", "reward"))
+    peak = ADAM["learning_rate"]
+    assert [line["policy/learning_rate"] for line in ppo] == pytest.approx([0.1 * peak, 0.4 * peak])
+    assert [line["value/learning_rate"] for line in ppo] == pytest.approx([0.1 * peak, 0.4 * peak])
+    assert [line["model/learning_rate"] for line in sft] == pytest.approx([peak, 0.775 * peak, 0.325 * peak, 0.1 * peak])
+    assert len(reward) == 4 and reward[-1]["valid/demonstration_score"] == pytest.approx(0.0, abs=1e-6)
+    assert [line["rollout/kl_coef"] for line in ppo] == pytest.approx([0.02, 0.02 * (1 - 0.2 * 8 / 40)])  # adaptive: no KL yet
+    assert all(line["rollout/generator_logprob_gap"] < 1e-5 for line in ppo)
+
+
+def test_samples_are_written_down(recipe):
+    samples = lines_of(recipe / "runs" / "ppo" / "samples.jsonl")
+    assert [line["step"] for line in samples] == [1] * 4 + [2] * 4
+    assert all(line["prompt"].endswith("?\n") and isinstance(line["response"], str) and "reward" in line for line in samples)
+    assert all(line["reward"] == -1.0 for line in samples if not line["finished"])
+    assert [line["step"] for line in lines_of(recipe / "runs" / "sft" / "samples.jsonl")] == [4] * 4
+
+
+def check_selection(folder, runs):
+    """SFT that soon gets worse, judged on every step; then PPO's models out of what it left."""
+    kept = ["run.eval_every=1", "run.keep_checkpoints=1"]
+    for name, how in {
+        "valid_loss": WORSE,
+        "reward": ["reward={load: %s, micro_batch_size: 5}" % (folder / "runs" / "reward")],
+    }.items():
+        run_stage_of(folder / "sft.yaml", [f"run.dir={runs / name}", f"select_by={name}", *kept, *how])
+    world = World.connect()
+    chosen = {name: find_checkpoint(str(runs / name), world).name for name in ("valid_loss", "reward")}
+    loaded = run_stage_of(folder / "ppo.yaml", [f"run.dir={runs / 'ppo'}", f"policy.load={runs / 'valid_loss'}"], stop_before=0)
+    return chosen, [note for note in loaded.notes if note.startswith("policy")]
+
+
+def test_sft_keeps_and_hands_on_the_best_checkpoint(recipe, ranks1, tmp_path):
+    chosen, notes = ranks1.run(check_selection, recipe, tmp_path)[0]
+    for name, metric, sign in (("valid_loss", "valid/loss", -1), ("reward", "valid/reward_mean", 1)):
+        scores = [sign * line[metric] for line in curves(tmp_path / name)]
+        best = f"step_{1 + scores.index(max(scores)):08d}"
+        assert chosen[name] == best
+        assert json.loads((tmp_path / name / "checkpoints" / "best.json").read_text()) == {"checkpoint": best}
+        kept = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        assert kept == {"best.json", best, "step_00000004"}
+    assert chosen["valid_loss"] != "step_00000004", "the test wants a best that is not the newest"
+    assert len(notes) == 1 and notes[0].endswith(f"valid_loss/checkpoints/{chosen['valid_loss']} (model)")
+    assert all("reward" in sample for sample in lines_of(tmp_path / "reward" / "samples.jsonl"))
+
+
+def check_loading(folder, runs):
+    """Which of a checkpoint's models a later stage takes, and in which form."""
+    text = ["prompts=null", "demonstrations=null", "reward=null", "reference=null"]
+    for name, how in {"average": [], "newest": ["model.load_average=false"]}.items():
+        run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / name}", *text, *how])
+    rankings = ["text=null", f"rankings={folder}/rankings.jsonl", *text, "model.load_model=value"]
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'value'}", *rankings])
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'reward'}", *rankings[:-1], f"model.load={folder}/runs/reward"])
+
+
+def test_a_later_stage_takes_the_average_of_the_policy_or_what_it_is_told(recipe, ranks1, tmp_path):
+    ranks1.run(check_loading, recipe, tmp_path)
+    names = ("average", "newest", "value", "reward")
+    average, newest, value, reward = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in names)
+    assert average["valid/text_loss"] == pytest.approx(curves(recipe / "runs" / "ppo")[-1]["valid/text_loss"], rel=1e-6)
+    assert newest["valid/text_loss"] != average["valid/text_loss"]
+    final = curves(recipe / "runs" / "reward")[-1]
+    assert reward["valid/ranking_loss"] == pytest.approx(final["valid/ranking_loss"], rel=1e-6)
+    assert reward["valid/accuracy"] == final["valid/accuracy"]
+    assert value["valid/ranking_loss"] != reward["valid/ranking_loss"]  # PPO has moved it
