@@ -18,7 +18,7 @@ print("Python", p.python_version(), "with megatron-core", m.version("megatron-co
   echo "== $name: $*"
   "$python" -m pytest -n 2 --dist loadfile --durations 10 "$@" 2>&1 | tee "$log"
   [ "${PIPESTATUS[0]}" -eq 0 ] || code=1
-  summary+=("$name: $(tail -n 1 "$log" | tr -d '=' | xargs)")
+  summary+=("$name: $(grep -E '^=+ .*[0-9.]+s.* =+$' "$log" | tail -n 1 | tr -d '=' | xargs)")
 }
 
 find_python312() { # prints the first Python 3.12 that runs, on PATH or among pyenv's
