@@ -29,12 +29,6 @@ class ExponentialMovingAverage:
         for shard in self.optimizer.shards():
             self.averages[shard.parameter].lerp_(shard.main.detach(), 1.0 - self.decay)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start again from the current weights."""
-        for shard in self.optimizer.shards():
-            self.averages[shard.parameter].copy_(shard.main.detach())
-
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within this context the model's weights are the average; the weights come back after it, bit for bit."""
