@@ -63,7 +63,7 @@ def _run(command: str, config: StageConfig | None, problem: str | None, *, fresh
     import torch
 
     from megarlhf.parallel.groups import World
-    from megarlhf.trainers.agreement import refuse_together, require_same_config
+    from megarlhf.runs.agreement import refuse_together, require_same_config
 
     if config is not None and config.run.threads is not None:
         torch.set_num_threads(config.run.threads)

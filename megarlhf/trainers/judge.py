@@ -13,10 +13,10 @@ from megarlhf.evaluation.rankings import ranking_metrics
 from megarlhf.evaluation.responses import Judged, ResponseJudge, generator_of, response_records
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
+from megarlhf.runs.folder import Run
+from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.telemetry.tables import format_table
-from megarlhf.trainers.data import Records, open_tokenizer
-from megarlhf.trainers.models import ModelPlanner
-from megarlhf.trainers.run import Run
 
 
 def generate_responses(config: GenerateConfig, world: World, *, fresh: bool = False) -> dict[str, float]:

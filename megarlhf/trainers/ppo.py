@@ -25,13 +25,12 @@ from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, 
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.seed import derive_seed
+from megarlhf.runs.folder import Run
+from megarlhf.runs.loop import Stage, run_stage, step_metrics
+from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records, open_tokenizer
-from megarlhf.trainers.loop import Stage, run_stage, step_metrics
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_models import PpoModels
-from megarlhf.trainers.pretrain import timed
-from megarlhf.trainers.run import Run
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class ProximalPolicyOptimization(Stage):
         metrics["value/explained_variance"] = float(explained_variance(judged.values, returns, mask))
         metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
         self.adapt_kl(metrics["rollout/kl"])
-        return metrics | timed(self.timers)
+        return metrics | self.timers.metrics()
 
     def rollouts(self, prompts: Prompts, iteration: int) -> Rollouts:
         """One response to each prompt from the present policy."""

@@ -11,7 +11,7 @@ from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.groups import ModelGroups, World
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.trainers.models import ModelPlan, ModelPlanner
+from megarlhf.runs.models import ModelPlan, ModelPlanner
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from megarlhf.algorithms.learning_rate import constant_with_warmup, cosine
 from megarlhf.config.sections import LimitsConfig
-from megarlhf.config.stages import PretrainConfig, ScheduleConfig
+from megarlhf.config.stages import PretrainConfig
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
+from megarlhf.runs.folder import Run
+from megarlhf.runs.loop import Stage, run_stage, step_metrics
+from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records, open_tokenizer
-from megarlhf.trainers.loop import Stage, run_stage, step_metrics
-from megarlhf.trainers.models import ModelPlanner
-from megarlhf.trainers.run import Run
 
 
 class Pretraining(Stage):
@@ -43,7 +43,7 @@ class Pretraining(Stage):
         with self.timers("step_seconds"):
             rows = self.text.take(self.config.batch_size)
             result = self.model.step([Term("model", LanguageModelLoss(), rows)], learning_rate=rate)
-        return step_metrics("model", [result], rate) | timed(self.timers)
+        return step_metrics("model", [result], rate) | self.timers.metrics()
 
     def evaluate(self) -> dict[str, float]:
         """Language-model loss on held-out text."""
@@ -56,20 +56,6 @@ class Pretraining(Stage):
     def load_state_dict(self, state: dict) -> None:
         """Go on at the data cursor."""
         self.text.load_state_dict(state["text"])
-
-
-def scheduled_rate(schedule: ScheduleConfig, step: int, *, peak: float, total_steps: int) -> float:
-    """The learning rate of optimizer step `step`, from 0."""
-    if schedule.shape == "constant":
-        return constant_with_warmup(step, peak=peak, warmup_steps=schedule.warmup_steps)
-    return cosine(
-        step, peak=peak, total_steps=total_steps, final_fraction=schedule.final_fraction, warmup_steps=schedule.warmup_steps
-    )
-
-
-def timed(timers: Timers) -> dict[str, float]:
-    """The seconds collected since the last call, as time/<name>."""
-    return {f"time/{name}": seconds for name, seconds in timers.collect().items()}
 
 
 def pretrain(config: PretrainConfig, world: World, *, fresh: bool = False) -> dict[str, float]:

@@ -11,12 +11,12 @@ from megarlhf.engine.terms import RankingLoss, Term
 from megarlhf.evaluation.rankings import ranking_metrics
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
+from megarlhf.runs.folder import Run
+from megarlhf.runs.loop import Stage, run_stage, step_metrics
+from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records, open_tokenizer
-from megarlhf.trainers.loop import Stage, run_stage, step_metrics
-from megarlhf.trainers.models import ModelPlanner
-from megarlhf.trainers.pretrain import scheduled_rate, timed
-from megarlhf.trainers.run import Run
 
 
 class RewardModelTraining(Stage):
@@ -55,7 +55,7 @@ class RewardModelTraining(Stage):
             rows = [self.rankings[i] for i in self.order.take(self.config.batch_size)]
             batch = ranking_batch(rows, pad_id=self.tokenizer.pad_id)
             result = self.model.step([Term("reward", RankingLoss(), batch)], learning_rate=rate)
-        return step_metrics("reward", [result], rate) | timed(self.timers)
+        return step_metrics("reward", [result], rate) | self.timers.metrics()
 
     def finish(self) -> None:
         """Shift the bias so that demonstrations score 0 on average (section 3.5): the loss does not see such a shift."""

@@ -16,12 +16,12 @@ from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
+from megarlhf.runs.folder import Run
+from megarlhf.runs.loop import Stage, run_stage, step_metrics
+from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
-from megarlhf.trainers.data import Records, open_tokenizer
-from megarlhf.trainers.loop import Stage, run_stage, step_metrics
-from megarlhf.trainers.models import ModelPlanner
-from megarlhf.trainers.pretrain import scheduled_rate, timed
-from megarlhf.trainers.run import Run
 
 
 class SupervisedFineTuning(Stage):
@@ -77,7 +77,7 @@ class SupervisedFineTuning(Stage):
         rate = scheduled_rate(self.config.schedule, number, peak=peak, total_steps=self.total_steps)
         with self.timers("step_seconds"):
             result = self.model.step([Term("model", LanguageModelLoss(), self.next_batch())], learning_rate=rate)
-        return step_metrics("model", [result], rate) | timed(self.timers)
+        return step_metrics("model", [result], rate) | self.timers.metrics()
 
     def evaluate(self) -> dict[str, float]:
         """Loss on validation demonstrations and on held-out text, and the reward of sampled responses where there is a judge."""

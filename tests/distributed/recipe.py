@@ -107,7 +107,8 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
     With `stop_before`, the run dies before that step (from 0), with what it has logged and saved by then.
     """
     from megarlhf import cli
-    from megarlhf.trainers import loop, ppo, pretrain, reward_model, sft
+    from megarlhf.runs import loop
+    from megarlhf.trainers import ppo, pretrain, reward_model, sft
 
     stages = []
 

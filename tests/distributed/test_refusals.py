@@ -14,7 +14,7 @@ import pytest
 from megarlhf import cli
 from megarlhf.config import ConfigError
 from megarlhf.parallel.groups import World
-from megarlhf.trainers import data
+from megarlhf.runs import records
 from tests.distributed.recipe import run_stage_of
 
 
@@ -104,7 +104,7 @@ def check_one_rank_fails(yaml, overrides):
     def unreadable(*args, **kwargs):
         raise ValueError("prompts.jsonl is on a disk that this machine does not have")
 
-    here = mock.patch.object(data, "read_prompts", unreadable) if World.connect().rank == 1 else contextlib.nullcontext()
+    here = mock.patch.object(records, "read_prompts", unreadable) if World.connect().rank == 1 else contextlib.nullcontext()
     with here, pytest.raises(ConfigError) as refused:
         run_stage_of(yaml, overrides)
     return str(refused.value)

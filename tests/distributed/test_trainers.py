@@ -14,7 +14,7 @@ from megarlhf.data.collation import prompt_batch
 from megarlhf.engine import checkpoint
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
-from megarlhf.trainers.run import find_checkpoint
+from megarlhf.runs.folder import find_checkpoint
 from tests.distributed.recipe import ADAM, STAGES, check_stages, curves, lines_of, run_stage_of
 
 TOLERANCE = 1e-5

@@ -18,12 +18,14 @@ WRITTEN_HERE = {".py", ".sh", ".sbatch", ".slurm", ".md", ".yaml", ".toml", ".tx
 ROOMS = (
     ("", "config"),  # "" is megarlhf/__init__.py
     ("batch",),
+    ("storage",),
     ("algorithms", "data", "telemetry"),
     ("parallel",),
     ("models",),
     ("resharding",),
     ("engine", "generation"),
     ("evaluation",),
+    ("runs",),
     ("trainers",),
     ("cli",),
     ("__main__",),

@@ -20,8 +20,8 @@ from megarlhf.models.parameters import Head
 from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.trainers.agreement import refuse_together
-from megarlhf.trainers.run import find_checkpoint
+from megarlhf.runs.agreement import refuse_together
+from megarlhf.runs.folder import find_checkpoint
 
 
 @dataclass(frozen=True)

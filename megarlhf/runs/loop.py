@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import StepResult, TrainEngine
+from megarlhf.runs.agreement import refuse_together
+from megarlhf.runs.folder import Run
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
-from megarlhf.trainers.agreement import refuse_together
-from megarlhf.trainers.run import Run
 
 
 class Stage:

@@ -20,7 +20,7 @@ from megarlhf.data.tokenized import (
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.evaluation.text import HeldOutText
 from megarlhf.parallel.groups import World
-from megarlhf.trainers.agreement import refuse_together
+from megarlhf.runs.agreement import refuse_together
 
 T = TypeVar("T")
 R = TypeVar("R")

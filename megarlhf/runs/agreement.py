@@ -10,6 +10,10 @@ from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
 
 
+class RunError(RuntimeError):
+    """What went wrong while a run was running, in words for its user; raised alike on every rank, or on one that ends the others."""
+
+
 def require_same_config(config: StageConfig, world: World) -> None:
     """ConfigError on every rank when the ranks were not given the same configuration; a collective of the world."""
     texts = gather_objects(dump_yaml(config))

@@ -1,0 +1,15 @@
+"""How a stage's learning rate moves from step to step."""
+
+from __future__ import annotations
+
+from megarlhf.algorithms.learning_rate import constant_with_warmup, cosine
+from megarlhf.config.stages import ScheduleConfig
+
+
+def scheduled_rate(schedule: ScheduleConfig, step: int, *, peak: float, total_steps: int) -> float:
+    """The learning rate of optimizer step `step`, from 0."""
+    if schedule.shape == "constant":
+        return constant_with_warmup(step, peak=peak, warmup_steps=schedule.warmup_steps)
+    return cosine(
+        step, peak=peak, total_steps=total_steps, final_fraction=schedule.final_fraction, warmup_steps=schedule.warmup_steps
+    )
