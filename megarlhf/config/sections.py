@@ -45,9 +45,15 @@ class RunConfig:
     seed: int = 1
     """Seed of initial weights, data order, dropout and sampling."""
     save_every: int = 0
-    """Steps (PPO: iterations) between checkpoints; 0 saves at the end only."""
+    """Steps (PPO: iterations) between checkpoints, besides those of save_minutes and the last; 0: none."""
+    save_minutes: float | None = 30.0
+    """Minutes after which the next step saves a checkpoint whatever its number; null: never."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; older ones are removed after a newer is complete."""
+    resume: Literal["newest", "newest_good"] = "newest"
+    """The checkpoint to go on from: the newest, refused where it is damaged; or the newest whose files are what was written."""
+    max_skipped_steps: int = 10
+    """Steps in a row without finite gradients after which the run stops; those by which fp16 finds its loss scale do not count."""
     eval_every: int = 0
     """Steps (PPO: iterations) between evaluations on validation data; 0 evaluates at the end only."""
     sinks: tuple[Literal["jsonl", "wandb", "tensorboard"], ...] = ("jsonl",)
@@ -59,7 +65,8 @@ class RunConfig:
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        return at_least(self, 0, "seed", "save_every", "eval_every") + at_least(self, 1, "keep_checkpoints", "threads")
+        found = at_least(self, 0, "seed", "save_every", "save_minutes", "eval_every")
+        return found + at_least(self, 1, "keep_checkpoints", "max_skipped_steps", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)

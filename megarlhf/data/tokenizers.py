@@ -83,6 +83,8 @@ class SentencePieceTokenizer:
         self._dropped = {self.eos_id, pad_id}
         self.pad_id = _pad_or_other(None if pad_id < 0 else pad_id, self.eos_id)
 
+    fingerprint = "x"
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self._model.encode(text)
@@ -110,6 +112,8 @@ class HuggingFaceTokenizer:
         pads = [vocab[name] for name in PAD_NAMES if name in vocab and vocab[name] != self.eos_id]
         self._dropped = {self.eos_id, *pads[:1]}
         self.pad_id = _pad_or_other(pads[0] if pads else None, self.eos_id)
+
+    fingerprint = "x"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""

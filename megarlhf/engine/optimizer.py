@@ -62,6 +62,8 @@ class Optimizer:
         self.settings = settings
         self.updates = 0
         """Updates made (steps that were not skipped): Adam's step in its bias correction."""
+        self.consecutive_skips = 0
+        self.at_smallest_loss_scale = False
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False)
@@ -121,12 +123,14 @@ class Optimizer:
         scale = float(self.megatron.get_loss_scale())
         norm = self._grad_norm()
         if overflow or not math.isfinite(norm):
+            self.consecutive_skips += 1
             return UpdateResult(grad_norm=norm, skipped=True, loss_scale=scale)
         clip = self.settings.clip_grad
         if clip is not None and norm > clip:
             torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
         self.megatron.step_with_ready_grads()
         self.updates += 1
+        self.consecutive_skips = 0
         return UpdateResult(grad_norm=norm, skipped=False, loss_scale=scale)
 
     def _grad_norm(self) -> float:

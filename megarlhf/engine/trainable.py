@@ -70,6 +70,13 @@ class TrainEngine(Engine):
         self.ema = ExponentialMovingAverage(self.optimizer, decay=decay)
 
     @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether all weights are finite on all ranks."""
+        bad = sum((~shard.main.isfinite()).sum().double() for shard in self.optimizer.shards())
+        from megarlhf.parallel.collectives import sum_over_world
+        return float(sum_over_world(torch.as_tensor(bad).double().reshape(1), self.groups)) == 0
+
+    @torch.no_grad()
     def shift_scores(self, delta: float) -> None:
         """Add `delta` to every score this model will give: to the bias of its scalar head."""
         names = {parameter: name for name, parameter in self.parameters().items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.groups import ModelGroups, World
 
 
 def sum_over_copies(values: Tensor, groups: ModelGroups) -> Tensor:
@@ -42,9 +44,11 @@ def largest(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(whole)
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the flag is set on any rank of the group."""
-    return bool(largest(int(flag), group, device))
+def largest_of_world(values: Sequence[int], world: World) -> list[int]:
+    """The largest of each of `values` over all ranks."""
+    whole = torch.tensor(values, dtype=torch.int64, device=world.device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+    return whole.tolist()
 
 
 def broadcast_object(value: object, *, source: int = 0) -> object:
@@ -66,9 +70,3 @@ def sum_over_world(values: Tensor, groups: ModelGroups) -> Tensor:
     total = values.clone()
     dist.all_reduce(total, group=groups.world)
     return total
-
-
-def sum_over_data_parallel(values: Tensor, groups: ModelGroups) -> Tensor:
-    """Sum of `values` over the ranks that hold the same shard of the model, in place."""
-    dist.all_reduce(values, group=groups.dp)
-    return values

@@ -1,17 +1,22 @@
-"""Refusing a run: what any rank found wrong is said of every rank, and all ranks stop together."""
+"""What any rank found wrong is said of every rank, and all ranks stop together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 from megarlhf.config import ConfigError, dump_yaml
 from megarlhf.config.stages import StageConfig
-from megarlhf.parallel.collectives import gather_objects
+from megarlhf.parallel.collectives import broadcast_object, gather_objects
 from megarlhf.parallel.groups import World
+
+T = TypeVar("T")
 
 
 class RunError(RuntimeError):
-    """What went wrong while a run was running, in words for its user; raised alike on every rank, or on one that ends the others."""
+    """What went wrong while a run was running, in words for its user; raised alike on every rank."""
+
+    exit_status: ClassVar[int] = 1
 
 
 def require_same_config(config: StageConfig, world: World) -> None:
@@ -22,8 +27,8 @@ def require_same_config(config: StageConfig, world: World) -> None:
         raise ConfigError(f"rank {', '.join(others)} of {world.size} was given another configuration than rank 0: is its file the same?")
 
 
-def refuse_together(problems: Sequence[str], world: World) -> None:
-    """Raise ConfigError on every rank when any rank has problems; a collective of the world.
+def refuse_together(problems: Sequence[str], world: World, *, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` on every rank when any rank has problems; a collective of the world.
 
     The message lists each problem once, with its ranks where not all have it: a file that one machine lacks.
     """
@@ -34,4 +39,36 @@ def refuse_together(problems: Sequence[str], world: World) -> None:
         where = "" if len(ranks) == world.size else f"rank {', '.join(map(str, ranks))} of {world.size}: "
         lines.append(where + problem)
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise error("\n".join(lines))
+
+
+def on_rank_0(world: World, function: Callable[..., T], *args: object) -> T:
+    """What `function(*args)` returns on rank 0, on every rank; a collective of the world, whatever happens in it.
+
+    ConfigError on every rank where it raised a ValueError, RunError where an OSError; of any other error rank 0 raises the error
+    itself and the others a RunError that names it, so that nobody waits.
+    """
+    value, refused, failed, unexpected = None, None, None, None
+    if world.rank == 0:
+        try:
+            value = function(*args)
+        except ValueError as error:
+            refused = str(error)
+        except OSError as error:
+            failed = described(error)
+        except Exception as error:
+            unexpected = error
+    value, refused, failed = broadcast_object((value, refused, failed or (unexpected and f"rank 0: {unexpected!r}")))
+    if unexpected is not None:
+        raise unexpected
+    if refused is not None:
+        raise ConfigError(refused)
+    if failed is not None:
+        raise RunError(failed)
+    return value
+
+
+def described(error: OSError) -> str:
+    """An error of the system as its user reads it: the file, and what is wrong with it."""
+    name = f"{error.filename}: " if error.filename is not None else ""
+    return f"{name}{error.strerror or error}"

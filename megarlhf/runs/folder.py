@@ -1,14 +1,21 @@
-"""A run's folder: its configuration, metrics, samples and checkpoints, and how it goes on after an interruption."""
+"""A run's folder: its configuration, logs and checkpoints, and how it goes on after an interruption.
+
+    run.json       the run's id and stage: what makes it this run
+    config.yaml    the resolved configuration, for people
+    metrics.jsonl, samples.jsonl, ...
+    checkpoints/   step_00000010/ ..., and best.json where validation chose one
+    lock           held by the process that works here
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from megarlhf.config import ConfigError, dump_yaml
@@ -16,37 +23,60 @@ from megarlhf.config.loader import to_dict
 from megarlhf.config.stages import StageConfig
 from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import TrainEngine
-from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
+from megarlhf.runs.agreement import RunError, described, on_rank_0, refuse_together
+from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
+from megarlhf.runs.lock import LOCK_FILE, FolderLock
+from megarlhf.runs.resume import config_changes
+from megarlhf.storage.checkpoints import Saved, finish, partial_folder
+from megarlhf.storage.files import read_json, write_atomically
 from megarlhf.telemetry.samples import SampleLog
 from megarlhf.telemetry.sinks import Sink, make_sinks
 
 CONFIG_FILE = "config.yaml"
-BEST_FILE = "best.json"
-FIXED = {
-    "run.seed": "order, noise and samples would be another run's",
-    "batch_size": "the number of steps and the learning rate's schedule follow from it",
-    "pretraining_mix": "the number of steps and the learning rate's schedule follow from it",
-}
-"""Keys that a run keeps from its first step to its last, and why. Any other may change; what did is said at the resume."""
+RUN_FILE = "run.json"
+GIB = 2**30
 
 
 class Run:
-    """One stage's folder. Only rank 0 writes; saving is a collective of the whole world."""
+    """One stage's folder. Only rank 0 writes beside checkpoints; opening, saving and resuming are collectives of the whole world."""
 
     def __init__(self, config: StageConfig, world: World, *, fresh: bool = False) -> None:
-        """Look at the folder, and write nothing yet.
+        """Look at the folder, find the checkpoint to go on from, and write nothing yet.
 
-        ConfigError when it belongs to another stage, and with `fresh` when it holds anything.
+        ConfigError when it belongs to another stage, is in use, with `fresh` when it holds anything, when its newest checkpoint is
+        damaged, and when the configuration changes what a run must keep.
         """
         self.stage = config.stage
         self.config = config.run
         self.world = world
         self.dir = Path(config.run.dir)
+        self.fingerprints: dict[str, str] = {}
+        """Of the data and the tokenizer: what a resume must find again."""
+        self.sources: dict[str, dict] = {}
+        """Role -> where a model's weights came from, see runs/models.py."""
         self._whole = config
         self._sinks: list[Sink] = []
         self._samples: SampleLog | None = None
-        _refuse(_cannot_open(self.dir, config.stage, fresh) if self.is_writer else None)
+        self._lock: FolderLock | None = None
+        self.resumed: Saved | None = None
+        """The checkpoint that the run goes on from; None at its beginning."""
+        self._changed: list[str] = []
+        try:
+            self._open(fresh)
+        except BaseException:
+            self.close()  # a refused start holds on to nothing
+            raise
+
+    def _open(self, fresh: bool) -> None:
+        self.id, found, notes = on_rank_0(self.world, self._look, fresh)
+        self.resumed = self._first_sound(found, notes)
+        if self.resumed is not None:
+            problems, self._changed = config_changes(self.resumed.state["config"], to_dict(self._whole))
+            refuse_together([f"{problem}; keep it, or choose another run.dir than {self.dir}" for problem in problems], self.world)
+        for note in notes:
+            self.say(note)
 
     @property
     def is_writer(self) -> bool:
@@ -64,59 +94,39 @@ class Run:
             tqdm.write(f"[{self.stage}] {text}", file=sys.stderr)  # above a progress bar, where there is one
             sys.stderr.flush()
 
+    def keep(self, fingerprints: Mapping[str, str]) -> list[str]:
+        """Remember the fingerprints of what the run reads; returns how they differ from those that it began with."""
+        self.fingerprints = dict(fingerprints)
+        before = self.resumed.state["fingerprints"] if self.resumed is not None else {}
+        return [
+            f"{name} is not what the run in {self.dir} began with: its content has changed; bring that back, or choose another run.dir"
+            for name in before.keys() & self.fingerprints.keys()
+            if before[name] != self.fingerprints[name]
+        ]
+
     def introduce(self, notes: Sequence[str]) -> None:
         """Write the configuration, and say what the run is about to use, a line for each note."""
-        _refuse(self._problem_in(self._write_config))
+        on_rank_0(self.world, self._settle)
         for note in notes:
             self.say(note)
 
     def write(self, name: str, text: str) -> None:
-        """Write a result of the run into its folder."""
-        if self.is_writer:
-            (self.dir / name).write_text(text)
+        """Write a result of the run into its folder; a collective."""
+        on_rank_0(self.world, lambda: write_atomically(self.dir / name, text))
 
-    def changes(self, saved: Mapping) -> tuple[list[str], list[str]]:
-        """How the configuration differs from the one in a checkpoint: (what is refused, what is said).
-
-        Where the run lives and how often it saves is not compared.
-        """
-        refused, said = [], []
-        now = dict(_flat(to_dict(self._whole)))
-        for key, value in _flat(saved):
-            if key not in now or now[key] == value or (key.startswith("run.") and key not in FIXED):
-                continue
-            if key in FIXED:
-                refused.append(f"{key} is {now[key]}, but {self.dir} began with {value}: {FIXED[key]}; keep it or choose another run.dir")
-            else:
-                said.append(f"{key} {value} -> {now[key]}")
-        return refused, said
+    def say_changes(self) -> None:
+        """Say where the run goes on, and what has changed since then."""
+        assert self.resumed is not None
+        self.say(f"going on from {self.resumed.path}")
+        for change in self._changed:
+            self.say(f"changed since then: {change}")
 
     def open_logs(self, step: int) -> None:
         """Open the logs, without what was written after `step`: those steps come again.
 
         ConfigError on every rank where a sink cannot be opened, or a log of before is broken.
         """
-        _refuse(self._problem_in(self._open_logs, step))
-
-    def _problem_in(self, function: Callable[..., None], *args: object) -> str | None:
-        """Call a function on the rank that writes; returns what went wrong."""
-        if not self.is_writer:
-            return None
-        try:
-            function(*args)
-        except (OSError, ValueError) as error:
-            return f"run: {error}"
-        return None
-
-    def _write_config(self) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / CONFIG_FILE).write_text(dump_yaml(self._whole))
-
-    def _open_logs(self, step: int) -> None:
-        self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode)
-        self._samples = SampleLog(self.dir / "samples.jsonl")
-        for log in (*self._sinks, self._samples):
-            log.truncate_after(self.stage, step)
+        on_rank_0(self.world, self._open_logs, step)
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, object]] = ()) -> None:
         """Write one step's metrics to every sink, and its sampled responses."""
@@ -126,67 +136,124 @@ class Run:
             for sample in samples:
                 self._samples.write(self.stage, step, **sample)
 
-    def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False) -> None:
-        """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints."""
+    def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False, last: bool = False) -> None:
+        """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.
+
+        Where the disk has no room for it that is said and the run goes on, unless it is the `last`: a RunError then, as when
+        writing fails, on every rank. What was there before stays.
+        """
         path = self.checkpoints / f"step_{step:08d}"
-        state = {"stage": self.stage, "step": step, "cursors": cursors, "config": to_dict(self._whole)}
-        checkpoint.save(path, models, state, self.world)
-        if not self.is_writer:
+        if no_room := on_rank_0(self.world, self._make_room, path, sum(gather_objects(checkpoint.bytes_owned(models)))):
+            if last:
+                raise RunError(no_room)
+            self.say(f"{no_room}; it is not written, and training goes on")
             return
-        if best:
-            (self.checkpoints / BEST_FILE).write_text(json.dumps({"checkpoint": path.name}))
-        kept = best_checkpoint(self.checkpoints)
-        whole = sorted(p for p in self.checkpoints.iterdir() if p.is_dir() and p.suffix != ".partial")
-        for old in whole[: -self.config.keep_checkpoints]:
-            if old != kept:
-                shutil.rmtree(old)
+        part, problems = None, []
+        try:
+            part = checkpoint.write_own_part(path, models, self.world.rank)
+        except OSError as error:
+            problems = [f"the checkpoint of step {step} cannot be written: {described(error)}"]
+        refuse_together(problems, self.world, error=RunError)
+        parts = gather_objects(part)
+        state = {
+            "stage": self.stage,
+            "run": self.id,
+            "step": step,
+            "cursors": cursors,
+            "config": to_dict(self._whole),
+            "sources": self.sources,
+            "fingerprints": self.fingerprints,
+        }
+        models_described = {name: checkpoint.describe(engine) for name, engine in models.items()}
+        on_rank_0(self.world, self._finish, path, parts, state, models_described, best)
 
     def close(self) -> None:
-        """Flush and close what is open."""
-        for log in (*self._sinks, *([self._samples] if self._samples else [])):
-            log.close()
+        """Flush and close what is open, and let go of the folder."""
+        with contextlib.ExitStack() as closing:
+            for log in (*self._sinks, *([self._samples] if self._samples else [])):
+                closing.callback(log.close)
+            if self._lock is not None:
+                closing.callback(self._lock.release)
+        self._sinks, self._samples = [], None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # On rank 0
+
+    def _look(self, fresh: bool) -> tuple[str, list[Saved], list[str]]:
+        """(id of the run, its checkpoints from the newest back, what is to be said of the folder)."""
+        with _naming_run_dir():
+            if fresh and self.dir.is_dir() and any(path.name != LOCK_FILE for path in self.dir.iterdir()):
+                raise ConfigError(
+                    f"--fresh: {self.dir} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
+                )
+            if self.dir.is_dir():
+                self._lock = FolderLock(self.dir)
+            known = read_json(self.dir / RUN_FILE) if (self.dir / RUN_FILE).exists() else {"stage": self.stage, "id": uuid.uuid4().hex}
+        if known.get("stage") != self.stage:
+            raise ConfigError(f"run.dir: {self.dir} holds a run of {known.get('stage')}; choose another folder for {self.stage}")
+        newest_good = self.config.resume == "newest_good"
+        found, notes = own_checkpoints(self.checkpoints, run=known["id"], skip_damaged=newest_good)
+        return known["id"], found if newest_good else found[:1], notes
+
+    def _settle(self) -> None:
+        with _naming_run_dir():
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or FolderLock(self.dir)
+            write_atomically(self.dir / RUN_FILE, f'{{"id": "{self.id}", "stage": "{self.stage}"}}\n')
+            write_atomically(self.dir / CONFIG_FILE, dump_yaml(self._whole))
+
+    def _open_logs(self, step: int) -> None:
+        self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode)
+        self._samples = SampleLog(self.dir / "samples.jsonl")
+        for log in (*self._sinks, self._samples):
+            log.truncate_after(self.stage, step)
+
+    def _make_room(self, path: Path, num_bytes: int) -> str | None:
+        """Make an empty folder to write into; returns what is wrong where the disk has no room for `num_bytes`."""
+        partial = partial_folder(path)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        if num_bytes > (free := shutil.disk_usage(self.checkpoints).free):
+            return f"{path} needs {num_bytes / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free"
+        partial.mkdir()
+        return None
+
+    def _finish(self, path: Path, parts: list, state: dict, models: dict, best: bool) -> None:
+        finish(path, parts, state, models)
+        if best:
+            write_best(self.checkpoints, state["step"])
+        prune(self.checkpoints, run=self.id, keep=self.config.keep_checkpoints)
+
+    # On every rank
+
+    def _first_sound(self, found: Sequence[Saved], notes: list[str]) -> Saved | None:
+        """The newest checkpoint whose files are what was written, each rank reading its share of them.
+
+        ConfigError where it is damaged and `resume` does not allow an older one.
+        """
+        for saved in found:
+            damages = sorted({wrong for of_rank in gather_objects(saved.damages(self.world.rank, self.world.size)) for wrong in of_rank})
+            if not damages:
+                return saved
+            if self.config.resume == "newest":
+                way_out = f"remove {saved.path}, or set run.resume: newest_good, to go on from the one before"
+                raise ConfigError("\n".join([*damages, way_out]))
+            notes += [*damages, f"{saved.path} is left alone: run.resume is newest_good"]
+        if found:
+            raise ConfigError(f"run.resume: none of the {len(found)} checkpoints in {self.checkpoints} is whole; choose another run.dir")
+        return None
 
 
-def _refuse(problem: str | None) -> None:
-    """Raise ConfigError on every rank when rank 0 has a problem."""
-    if (said := broadcast_object(problem)) is not None:
-        raise ConfigError(said)
-
-
-def _cannot_open(folder: Path, stage: str, fresh: bool) -> str | None:
-    if fresh and folder.exists() and any(folder.iterdir()):
-        return f"--fresh: {folder} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
-    file = folder / CONFIG_FILE
-    found = yaml.safe_load(file.read_text())["stage"] if file.is_file() else stage
-    if found != stage:
-        return f"run.dir: {folder} holds a run of {found}; choose another folder for {stage}"
-    return None
-
-
-def _flat(tree: Mapping, path: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def best_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that a run's validation chose, if it chose one."""
-    file = checkpoints / BEST_FILE
-    return checkpoints / json.loads(file.read_text())["checkpoint"] if file.is_file() else None
-
-
-def find_checkpoint(path: str, world: World) -> Path:
-    """The checkpoint that `path` means, as rank 0 sees it: itself, or a run folder's best or newest; a collective of the world.
-
-    ValueError on every rank when there is none.
-    """
-    folder = Path(path) / "checkpoints"
-    found = None
-    if world.rank == 0:
-        found = Path(path) if (Path(path) / checkpoint.STATE_FILE).is_file() else best_checkpoint(folder)
-    found = broadcast_object(found) or checkpoint.newest(folder, world)
-    if found is None:
-        raise ValueError(f"{path} is neither a checkpoint (a folder with {checkpoint.STATE_FILE}) nor a run with one in {folder}")
-    return found
+@contextlib.contextmanager
+def _naming_run_dir() -> Iterator[None]:
+    """What the system says of the folder that the user named is theirs to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.dir: {described(error)}") from error

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import StepResult, TrainEngine
-from megarlhf.runs.agreement import refuse_together
+from megarlhf.parallel.collectives import largest_of_world
+from megarlhf.runs.agreement import RunError, refuse_together
+from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
+from megarlhf.runs.interruption import Interrupted, Interruption
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
 
@@ -52,67 +58,122 @@ class Stage:
 
 
 def run_stage(stage: Stage, run: Run) -> dict[str, float]:
-    """Run a stage to its end, from its newest checkpoint if it has one; returns the last evaluation's metrics.
+    """Run a stage to its end, from the checkpoint that the run goes on from; returns the last evaluation's metrics.
 
-    The state after step n is saved as checkpoint n; metrics are logged under n.
+    The state after step n is saved as checkpoint n; metrics are logged under n. Interrupted, when a signal asked any rank to stop:
+    after the step that was under way, and with its state saved. RunError when the training has diverged.
     """
-    try:
-        start = _resume(stage, run)
-        return _run_steps(stage, run, start)
-    finally:
-        run.close()
+    start = _resume(stage, run)
+    with Interruption() as interruption:
+        return _run_steps(stage, run, start, interruption)
 
 
 def _resume(stage: Stage, run: Run) -> int:
-    """Restore the stage from the run's newest checkpoint; returns its step, 0 where there is none yet."""
-    path = checkpoint.newest(run.checkpoints, run.world)
-    start = 0
-    if path is not None:
-        saved = checkpoint.read_state(path).state
-        start = saved["step"]
-        problems, changes = run.changes(saved["config"])
-        if start > stage.total_steps:
-            problems.append(f"{path} is at step {start}, beyond the run's end at {stage.total_steps}")
-        try:
-            stage.load_state_dict(saved["cursors"])
-        except ValueError as error:
-            problems.append(str(error))
-        refuse_together(problems, run.world)
-        checkpoint.load(path, stage.models)
-        run.say(f"going on from {path}")
-        for change in changes:
-            run.say(f"changed since then: {change}")
+    """Restore the stage from the run's checkpoint; returns its step, 0 where there is none yet."""
+    saved = run.resumed
+    if saved is None:
+        return 0
+    start, problems = saved.state["step"], []
+    if start > stage.total_steps:
+        problems.append(f"{saved.path} is at step {start}, beyond the run's end at {stage.total_steps}")
+    try:
+        stage.load_state_dict(saved.state["cursors"])
+    except ValueError as error:
+        problems.append(str(error))
+    refuse_together(problems, run.world)
+    checkpoint.load(saved, stage.models)
+    run.say_changes()
     return start
 
 
-def _run_steps(stage: Stage, run: Run, start: int) -> dict[str, float]:
+def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -> dict[str, float]:
     if start == stage.total_steps:
         run.say(f"already complete at step {start}; choose another run.dir for a new run")
         return {}
     run.introduce(stage.notes)
     run.open_logs(start)
     evaluation: dict[str, float] = {}
-    progress = Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer)
-    for number in range(start, stage.total_steps):
-        metrics = stage.step(number)
-        done, last, best = number + 1, number + 1 == stage.total_steps, False
-        if last:
-            stage.finish()
-        evaluated = last or _due(done, run.config.eval_every)
-        if evaluated:
-            evaluation = stage.evaluate()
-            best = stage.is_best(evaluation)
-            metrics = metrics | evaluation
-        run.log(done, metrics, stage.samples)
-        stage.samples = ()
-        progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
-        if evaluated and evaluation:
-            run.say(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in evaluation.items())}{' (best)' if best else ''}")
-        if last or best or _due(done, run.config.save_every):
-            run.save(done, stage.models, stage.state_dict(), best=best)
-    progress.close()
+    pace = _Pace(run, interruption)
+    with Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer) as progress:
+        for number in range(start, stage.total_steps):
+            done, last, best = number + 1, number + 1 == stage.total_steps, False
+            metrics = stage.step(number)
+            if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):
+                run.log(done, metrics)
+                raise RunError(f"step {done}: {diverged}; nothing is saved of it, {_where_it_stands(run)}")
+            if last:
+                stage.finish()
+            asked, save_now = pace.after_step()
+            if last or _due(done, run.config.eval_every):
+                evaluation = stage.evaluate()
+                best = stage.is_best(evaluation)
+                metrics = metrics | evaluation
+                _say_evaluation(run, done, evaluation, best)
+            run.log(done, metrics, stage.samples)
+            stage.samples = ()
+            progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
+            if last or best or asked or save_now or _due(done, run.config.save_every):
+                _save(stage, run, done, best=best, last=last or bool(asked))
+                pace.saved()
+            if asked and not last:
+                name = signal.Signals(asked).name
+                raise Interrupted(f"stopped by {name} after step {done} of {stage.total_steps}; start it again to go on", asked)
+    if wrong := [name for name, value in evaluation.items() if not math.isfinite(value)]:
+        raise RunError(f"the last evaluation gave no finite number for {', '.join(wrong)}; see {run.dir}/metrics.jsonl")
     run.say(f"done: {run.dir}")
     return evaluation
+
+
+def _say_evaluation(run: Run, done: int, evaluation: Mapping[str, float], best: bool) -> None:
+    if evaluation:
+        run.say(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in evaluation.items())}{' (best)' if best else ''}")
+
+
+def _save(stage: Stage, run: Run, done: int, *, best: bool, last: bool) -> None:
+    """Save what is finite, as it is now."""
+    if broken := [name for name, engine in stage.models.items() if not engine.weights_are_finite()]:
+        raise RunError(f"step {done}: the weights of {', '.join(broken)} are not finite; they are not saved, {_where_it_stands(run)}")
+    run.save(done, stage.models, stage.state_dict(), best=best, last=last)
+
+
+class _Pace:
+    """When to save besides every `save_every` steps, and whether to stop: agreed between all ranks after each step."""
+
+    def __init__(self, run: Run, interruption: Interruption) -> None:
+        self._run = run
+        self._interruption = interruption
+        self.saved()
+
+    def saved(self) -> None:
+        """Everything up to now is on disk."""
+        self._since = time.monotonic()
+
+    def after_step(self) -> tuple[int, bool]:
+        """(number of the signal that any rank received, 0 for none; whether rank 0's clock says that a save is due)."""
+        minutes = self._run.config.save_minutes
+        due = self._run.is_writer and minutes is not None and time.monotonic() - self._since >= 60 * minutes
+        asked, due = largest_of_world([self._interruption.received, int(due)], self._run.world)
+        return asked, bool(due)
+
+
+def divergence(models: Mapping[str, TrainEngine], *, max_skipped_steps: int, last: bool) -> str | None:
+    """Why training cannot go on, if it cannot: steps that were skipped because their gradients were not finite.
+
+    While fp16's loss scale is still falling skipped steps are its search; they are not counted before it is at its smallest.
+    With `last` one such step is enough: a run must not end on it as if all were well.
+    """
+    for name, engine in models.items():
+        skips = engine.optimizer.consecutive_skips
+        searching = engine.spec.precision == "fp16" and not engine.optimizer.at_smallest_loss_scale
+        if skips and not searching and (last or skips >= max_skipped_steps):
+            rate = "a smaller learning rate, or clip_grad, may help"
+            return f"{name}'s gradients were not finite in the last {skips} steps, which were skipped: it has diverged ({rate})"
+    return None
+
+
+def _where_it_stands(run: Run) -> str:
+    found = own_checkpoints(run.checkpoints, run=run.id, skip_damaged=True)[0]
+    return f"the newest checkpoint is {found[0].path}" if found else "there is no checkpoint before it"
 
 
 def _due(done: int, every: int) -> bool:

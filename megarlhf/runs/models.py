@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, TrainedModelConfig
 from megarlhf.data.tokenizers import Tokenizer
-from megarlhf.engine.checkpoint import load_weights, read_state
+from megarlhf.engine.checkpoint import load_weights, missing_from, saved_architecture
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.optimizer import AdamSettings
@@ -18,10 +17,29 @@ from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
 from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
-from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.runs.agreement import refuse_together
-from megarlhf.runs.folder import find_checkpoint
+from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
+from megarlhf.runs.checkpoints import find_source
+from megarlhf.runs.folder import Run
+from megarlhf.storage.checkpoints import Saved
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights come from: a saved model, found once and kept with the run."""
+
+    saved: Saved
+    model: str
+    average: bool
+    """Whether its moving average is taken."""
+
+    @property
+    def head(self) -> Head:
+        """The head that it was saved with."""
+        return self.saved.models[self.model]["head"]
+
+    def __str__(self) -> str:
+        return f"{self.saved.path} ({self.model}{', moving average' if self.average else ''})"
 
 
 @dataclass(frozen=True)
@@ -33,11 +51,10 @@ class ModelPlan:
     architecture: Architecture
     head: Head
     layout: ParallelLayout
-    checkpoint: Path | None
-    saved_model: str | None
-    """Its name in the checkpoint."""
-    average: bool
-    """Whether the checkpoint's moving average is taken."""
+    source: Source | None
+    """None for fresh weights, and for a trained model that goes on from the run's own checkpoint."""
+    resumed: bool
+    """Whether its weights are the run's own checkpoint's."""
 
     def spec(self, *, dropout: float = 0.0) -> ModelSpec:
         """How to build it."""
@@ -47,31 +64,34 @@ class ModelPlan:
         )
 
     def __str__(self) -> str:
-        average = ", moving average" if self.average else ""
-        source = f"from {self.checkpoint} ({self.saved_model}{average})" if self.checkpoint else "fresh weights"
+        source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
         return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}"
 
 
 class ModelPlanner:
-    """Resolves the models of a run and collects every violation; `check` raises them together."""
+    """Resolves the models of a run and collects every violation; `check` raises them together.
 
-    def __init__(
-        self, world: World, tokenizer: Tokenizer, default_parallel: ParallelConfig, *, seed: int, problems: Sequence[str] = ()
-    ) -> None:
+    What a run took its models from when it began is kept in its checkpoints: a resume takes the same, or refuses.
+    """
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, default_parallel: ParallelConfig, *, problems: Sequence[str] = ()) -> None:
         """`problems` were found before, and are raised with the planner's own."""
-        self.world = world
+        self.run = run
+        self._found: dict[str, Source] = {}
+        self.world = run.world
         self.tokenizer = tokenizer
         self.default_parallel = default_parallel
-        self.seed = seed
+        self.seed = run.config.seed
         self.violations = list(problems)
         self.notes: list[str] = []
         """A line for every model that was planned."""
 
     def plan(self, role: str, config: ModelConfig, head: Head, *, context: int) -> ModelPlan | None:
         """The plan of a model that must hold rows of `context` tokens; None when it cannot be made (see `check`)."""
+        resumed = self._resumed_model(role) if isinstance(config, TrainedModelConfig) else None
         try:
-            path, saved_model, average = self._source(config)
-            architecture = self._architecture(config, path, saved_model)
+            source = self._kept_source(role, config, head, trained=resumed is not None)
+            architecture = resumed or self._architecture(config, source)
             layout = self.layout(config.parallel, architecture)
         except ValueError as error:
             self.violations.append(f"{role}: {error}")
@@ -86,25 +106,38 @@ class ModelPlanner:
                 f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {context} that the run needs "
                 "(prompt plus response, or packed row)"
             )
-        if path is not None:
-            self._check_head(role, config, head, read_state(path).models[saved_model]["head"], path)
-        plan = ModelPlan(role, config, architecture, head, layout, path, saved_model, average)
+        if source is not None and resumed is None:
+            self._check_source(role, config, head, source)
+        plan = ModelPlan(role, config, architecture, head, layout, None if resumed else source, resumed is not None)
         self.notes.append(str(plan))
         return plan
 
-    def _check_head(self, role: str, config: ModelConfig, head: Head, saved: Head, path: Path) -> None:
-        if head == "lm" and saved == "scalar":
-            self.violations.append(f"{role}: {path} holds a model with a scalar head (reward or value), and a language model is needed")
-        if head == "scalar" and saved == "lm" and not isinstance(config, TrainedModelConfig):
-            self.violations.append(f"{role}: {path} holds a language model, and a trained reward model is needed")
+    def _resumed_model(self, role: str) -> Architecture | None:
+        """The architecture of a trained model in the checkpoint that the run goes on from."""
+        saved = self.run.resumed
+        if saved is None:
+            return None
+        return saved_architecture(saved, role if role in saved.models else next(iter(saved.models)))
 
-    def saved_head(self, config: ModelConfig) -> Head:
-        """The head that a model was saved with; "lm" for fresh weights, and where `plan` will say what is wrong."""
+    def _check_source(self, role: str, config: ModelConfig, head: Head, source: Source) -> None:
+        path = source.saved.path
+        if head == "lm" and source.head == "scalar":
+            self.violations.append(f"{role}: {path} holds a model with a scalar head (reward or value), and a language model is needed")
+        if head == "scalar" and source.head == "lm" and not isinstance(config, TrainedModelConfig):
+            self.violations.append(f"{role}: {path} holds a language model, and a trained reward model is needed")
+        tokenizer = source.saved.state.get("fingerprints", {}).get("tokenizer")
+        if tokenizer is not None and tokenizer != self.tokenizer.fingerprint:
+            self.violations.append(f"{role}: {path} was trained with another tokenizer than tokenizer.path, though of the same size")
+
+    def saved_heads(self, config: ModelConfig) -> set[Head]:
+        """The heads of the models that `load` holds, or of the one that load_model names; none where `plan` will say what is wrong."""
+        if config.load is None:
+            return {"lm"}
         try:
-            path, saved_model, _ = self._source(config)
-        except ValueError:
-            return "lm"
-        return read_state(path).models[saved_model]["head"] if path is not None else "lm"
+            models = on_rank_0(self.world, find_source, config.load).models
+        except (ValueError, RunError):
+            return set()
+        return {model["head"] for name, model in models.items() if config.load_model in (None, name)}
 
     def layout(self, parallel: ParallelConfig | None, architecture: Architecture) -> ParallelLayout:
         """A layout over the world. ValueError where it fits neither the world nor the model."""
@@ -114,22 +147,50 @@ class ModelPlanner:
         return layout
 
     def check(self) -> None:
-        """Raise ConfigError with everything that any rank found, if anything was; a collective of the world."""
+        """Raise ConfigError with everything that any rank found, if anything was; a collective of the world.
+
+        Then the files of every source are read and compared with their checksums, each rank reading its share.
+        """
         refuse_together(self.violations, self.world)
+        sources = {source.saved.path: source.saved for source in self._found.values()}
+        refuse_together([wrong for saved in sources.values() for wrong in saved.damages(self.world.rank, self.world.size)], self.world)
 
-    def _source(self, config: ModelConfig) -> tuple[Path | None, str | None, bool]:
+    def _kept_source(self, role: str, config: ModelConfig, head: Head, *, trained: bool) -> Source | None:
+        """The source of a model, the same that the run began with.
+
+        With `trained` the weights are the run's own by now, and the source need not be there any more.
+        """
+        configured = {"load": config.load, "load_model": config.load_model, "load_average": config.load_average}
+        before = self.run.resumed.state["sources"].get(role) if self.run.resumed is not None else None
+        same = before is not None and all(before[key] == value for key, value in configured.items())
+        if trained and (same or before is None):
+            if before is None and config.load is not None:
+                raise ValueError(f"load {config.load}: the run in {self.run.dir} began with fresh weights, and keeps its own")
+            self.run.sources |= {role: before} if before is not None else {}
+            return None
         if config.load is None:
-            return None, None, False
-        path = find_checkpoint(config.load, self.world)
-        models = read_state(path).models
-        name = config.load_model or ("policy" if "policy" in models else next(iter(models)) if len(models) == 1 else None)
-        if name not in models:
-            raise ValueError(f"load_model must name one of {', '.join(models)} in {path}, got {config.load_model!r}")
-        return path, name, config.load_average and models[name]["has_ema"]
+            if before is not None:
+                raise ValueError(f"load is null, but the run in {self.run.dir} began with {before['path']}")
+            return None
+        source = self._find(config, role, head, path=before["path"] if same else config.load)
+        found = {"model": source.model, "average": source.average, "identity": source.saved.identity}
+        if before is not None and any(before[key] != value for key, value in found.items()):
+            raise ValueError(
+                f"load {config.load} is now {source}, which is not what the run in {self.run.dir} began with, "
+                f"{before['path']} ({before['model']}); bring that back, or choose another run.dir"
+            )
+        self.run.sources[role] = {**configured, "path": str(source.saved.path), **found}
+        self._found[role] = source
+        return source
 
-    def _architecture(self, config: ModelConfig, path: Path | None, saved_model: str | None) -> Architecture:
-        if path is not None:
-            return read_state(path).architecture(saved_model)
+    def _find(self, config: ModelConfig, role: str, head: Head, *, path: str) -> Source:
+        saved = on_rank_0(self.world, find_source, path)
+        model = chosen_model(saved, config.load_model, role, head)
+        return Source(saved, model, config.load_average and saved.models[model]["has_ema"])
+
+    def _architecture(self, config: ModelConfig, source: Source | None) -> Architecture:
+        if source is not None:
+            return saved_architecture(source.saved, source.model)
         fields = dataclasses.asdict(config.architecture)
         del fields["init_std"]
         return make_architecture(fields.pop("preset"), vocab_size=self.tokenizer.vocab_size, **fields)
@@ -150,16 +211,41 @@ class ModelPlanner:
             adam=adam_settings(plan.config.adam),
             seed=self.seed,
         )
-        self._fill(engine, plan)
-        engine.optimizer.adopt_parameters()
+        if not plan.resumed:
+            self._fill(engine, plan)
         return engine
 
     def _fill(self, engine: Engine, plan: ModelPlan) -> None:
-        missing = None
-        if plan.checkpoint is not None:
-            missing = load_weights(plan.checkpoint, plan.saved_model, engine, average=plan.average)
+        """Initial weights where there are no saved ones; then those, which a trained model keeps in float32."""
+        source = plan.source
         std = plan.config.architecture.init_std if plan.config.architecture is not None else 0.02
-        initialize(engine.transformers, engine.spec, engine.groups, seed=self.seed, std=std, names=missing)
+        fresh = missing_from(source.saved, source.model, engine) if source is not None else None
+        initialize(engine.transformers, engine.spec, engine.groups, seed=self.seed, std=std, names=fresh)
+        if isinstance(engine, TrainEngine):
+            engine.optimizer.adopt_parameters()
+        if source is not None:
+            load_weights(source.saved, source.model, engine, average=source.average)
+
+
+def chosen_model(saved: Saved, named: str | None, role: str, head: Head) -> str:
+    """Which model of a checkpoint is meant. ValueError where only its user can say.
+
+    The one that is named, else the only one, else the one of the role's own name with the head that is needed, else the only
+    language model where one is needed.
+    """
+    models = saved.models
+    if named is not None:
+        if named not in models:
+            raise ValueError(f"load_model must name one of {', '.join(models)} in {saved.path}, got {named!r}")
+        return named
+    if len(models) == 1:
+        return next(iter(models))
+    if role in models and models[role]["head"] == head:
+        return role
+    language_models = [name for name, model in models.items() if model["head"] == "lm"]
+    if head == "lm" and len(language_models) == 1:
+        return language_models[0]
+    raise ValueError(f"load_model must name one of {', '.join(models)} in {saved.path}: none of them is named {role}")
 
 
 def adam_settings(config: AdamConfig) -> AdamSettings:

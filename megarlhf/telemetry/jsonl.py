@@ -40,7 +40,7 @@ class JsonLines:
 
         Raises ValueError, with the line's number, where the file holds a line that this class did not write.
         """
-        lines = self.path.read_text(encoding="ascii").splitlines(keepends=True)
+        lines = self.path.read_text(encoding="ascii", errors="replace").splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if not self._is_after(line, number, stage, step)]
         if len(kept) == len(lines):
             return

@@ -25,7 +25,7 @@ def generate_responses(config: GenerateConfig, world: World, *, fresh: bool = Fa
     tokenizer = open_tokenizer(config.tokenizer, world)
     records = Records(tokenizer, config.limits)
     rows = records.prompts(config.prompts)
-    planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
+    planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.problems)
     plan = planner.plan("model", config.model, "lm", context=config.limits.max_prompt_len + config.sampling.max_new_tokens)
     planner.check()
     run.introduce([*records.notes, *planner.notes])
@@ -46,12 +46,13 @@ def evaluate(config: EvaluateConfig, world: World, *, fresh: bool = False) -> di
     demonstrations = records.demonstrations(config.demonstrations)
     held_out = records.held_out(config.text)
 
-    planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
+    planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.problems)
     longest = max(config.limits.max_response_len, config.sampling.max_new_tokens)
     context = config.limits.max_prompt_len + longest
     mixed = max(context, config.text.seq_len) if config.text else context
-    head = planner.saved_head(config.model)
-    if head == "scalar" and (config.prompts or config.demonstrations or config.text):
+    heads, speaks = planner.saved_heads(config.model), bool(config.prompts or config.demonstrations or config.text)
+    head = "scalar" if heads == {"scalar"} or (not speaks and "scalar" in heads) else "lm"
+    if head == "scalar" and speaks:
         planner.violations.append("model: it is a reward model, which can be evaluated on rankings only")
     if head == "lm" and config.rankings:
         planner.violations.append("rankings: they need a reward model, and `model` is a language model")

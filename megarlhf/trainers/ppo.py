@@ -55,7 +55,7 @@ class ProximalPolicyOptimization(Stage):
     def __init__(
         self,
         config: PpoConfig,
-        world: World,
+        run: Run,
         tokenizer: Tokenizer,
         prompts: Sequence[PromptRow],
         valid: Sequence[PromptRow] = (),
@@ -76,7 +76,7 @@ class ProximalPolicyOptimization(Stage):
         records = Records(tokenizer, config.limits)
         self.text = records.text(config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
         self.held_out = records.held_out(config.data.pretraining)
-        self.roles = PpoModels.build(config, world, tokenizer, problems=[*problems, *records.problems])
+        self.roles = PpoModels.build(config, run, tokenizer, problems=[*problems, *records.problems])
         self.notes = self.roles.notes
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.generator = PolicyGenerator(self.roles, tokenizer)
@@ -223,23 +223,25 @@ class ProximalPolicyOptimization(Stage):
         return metrics
 
     def state_dict(self) -> dict:
-        """Data cursors and the KL coefficient."""
-        return {"order": self.order.state_dict(), "text": self.text.state_dict() if self.text else None, "kl_coef": self.kl_coef}
+        """Data cursors, and the KL coefficient where it is adapted."""
+        kl_coef = self.kl_coef if self.settings.adaptive_kl is not None else None
+        return {"order": self.order.state_dict(), "text": self.text.state_dict() if self.text else None, "kl_coef": kl_coef}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from saved cursors."""
+        """Go on from saved cursors; text, and a coefficient that is adapted, begin where they were not there before."""
         self.order.load_state_dict(state["order"])
-        if self.text:
+        if self.text and state["text"] is not None:
             self.text.load_state_dict(state["text"])
-        self.kl_coef = state["kl_coef"]
+        if self.settings.adaptive_kl is not None and state["kl_coef"] is not None:
+            self.kl_coef = state["kl_coef"]
 
 
 def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf ppo`."""
-    run = Run(config, world, fresh=fresh)
-    tokenizer = open_tokenizer(config.tokenizer, world)
-    records = Records(tokenizer, config.limits)
-    prompts, valid = records.prompts(config.data.prompts), records.prompts(config.data.prompts_valid)
-    stage = ProximalPolicyOptimization(config, world, tokenizer, prompts, valid, problems=records.problems)
-    stage.notes = [*records.notes, *stage.notes]
-    return run_stage(stage, run)
+    with Run(config, world, fresh=fresh) as run:
+        tokenizer = open_tokenizer(config.tokenizer, world)
+        records = Records(tokenizer, config.limits)
+        prompts, valid = records.prompts(config.data.prompts), records.prompts(config.data.prompts_valid)
+        stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=records.problems)
+        stage.notes = [*records.notes, *stage.notes]
+        return run_stage(stage, run)

@@ -9,8 +9,9 @@ from megarlhf.config.stages import PpoConfig
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.trainable import TrainEngine
-from megarlhf.parallel.groups import ModelGroups, World
+from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlan, ModelPlanner
 
 
@@ -28,12 +29,12 @@ class PpoModels:
     """A line for each model."""
 
     @staticmethod
-    def build(config: PpoConfig, world: World, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
+    def build(config: PpoConfig, run: Run, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
         """Check all four against the run, then build them with their weights.
 
         ConfigError lists everything that does not fit, and the `problems` that were found before.
         """
-        planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed, problems=problems)
+        planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
         context = config.limits.max_prompt_len + config.generation.sampling.max_new_tokens
         mixed = max(context, config.data.pretraining.seq_len) if config.data.pretraining else context
         policy = planner.plan("policy", config.policy, "lm", context=mixed)
@@ -47,7 +48,7 @@ class PpoModels:
             value=planner.build_trained(value),
             reward=planner.build_frozen(reward),
             reference=planner.build_frozen(reference),
-            generation_groups=world.groups(generation),
+            generation_groups=run.world.groups(generation),
             notes=(*planner.notes, f"generation: {generation}"),
         )
         models.policy.start_ema(config.ppo.ema_decay)

@@ -20,13 +20,13 @@ class Pretraining(Stage):
 
     shown = ("model/loss", "model/learning_rate")
 
-    def __init__(self, config: PretrainConfig, world: World) -> None:
+    def __init__(self, config: PretrainConfig, run: Run) -> None:
         self.config = config
-        tokenizer = open_tokenizer(config.tokenizer, world)
+        tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(tokenizer, LimitsConfig())
         self.text = records.text(config.data, seed=config.run.seed)
         self.held_out = records.held_out(config.data)
-        planner = ModelPlanner(world, tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
+        planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.problems)
         plan = planner.plan("model", config.model, "lm", context=config.data.seq_len)
         planner.check()
         self.model = planner.build_trained(plan)
@@ -60,5 +60,5 @@ class Pretraining(Stage):
 
 def pretrain(config: PretrainConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf pretrain`."""
-    run = Run(config, world, fresh=fresh)
-    return run_stage(Pretraining(config, world), run)
+    with Run(config, world, fresh=fresh) as run:
+        return run_stage(Pretraining(config, run), run)

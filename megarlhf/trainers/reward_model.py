@@ -24,15 +24,15 @@ class RewardModelTraining(Stage):
 
     shown = ("reward/loss", "reward/accuracy", "reward/learning_rate")
 
-    def __init__(self, config: RewardConfig, world: World) -> None:
+    def __init__(self, config: RewardConfig, run: Run) -> None:
         self.config = config
-        self.tokenizer = open_tokenizer(config.tokenizer, world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(self.tokenizer, config.limits)
         self.rankings = records.rankings(config.data.train)
         valid = records.rankings(config.data.valid)
         demonstrations = records.demonstrations(config.data.demonstrations)
 
-        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
+        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=records.problems)
         context = config.limits.max_prompt_len + config.limits.max_response_len
         plan = planner.plan("model", config.model, "scalar", context=context)
         planner.check()
@@ -80,5 +80,5 @@ class RewardModelTraining(Stage):
 
 def reward_model(config: RewardConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf reward`."""
-    run = Run(config, world, fresh=fresh)
-    return run_stage(RewardModelTraining(config, world), run)
+    with Run(config, world, fresh=fresh) as run:
+        return run_stage(RewardModelTraining(config, run), run)

@@ -29,10 +29,10 @@ class SupervisedFineTuning(Stage):
 
     shown = ("model/loss", "model/learning_rate")
 
-    def __init__(self, config: SftConfig, world: World) -> None:
+    def __init__(self, config: SftConfig, run: Run) -> None:
         self.config = config
         data = config.data
-        self.tokenizer = open_tokenizer(config.tokenizer, world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(self.tokenizer, config.limits)
         self.demonstrations = records.demonstrations(data.train)
         valid = records.demonstrations(data.valid)
@@ -40,7 +40,7 @@ class SupervisedFineTuning(Stage):
         self.text = records.text(data.pretraining, seed=config.run.seed) if self.num_mixed else None
         self.held_out = records.held_out(data.pretraining)
 
-        planner = ModelPlanner(world, self.tokenizer, config.parallel, seed=config.run.seed, problems=records.problems)
+        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=records.problems)
         context = config.limits.max_prompt_len + config.limits.max_response_len
         mixed = max(context, data.pretraining.seq_len if data.pretraining else 0)
         plan = planner.plan("model", config.model, "lm", context=mixed)
@@ -95,7 +95,7 @@ class SupervisedFineTuning(Stage):
         if self.config.select_by == "last":
             return False
         score = metrics["valid/reward_mean"] if self.config.select_by == "reward" else -metrics["valid/loss"]
-        better = self.best is None or score > self.best
+        better = math.isfinite(score) and (self.best is None or score > self.best)
         self.best = score if better else self.best
         return better
 
@@ -113,5 +113,5 @@ class SupervisedFineTuning(Stage):
 
 def sft(config: SftConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
     """`megarlhf sft`."""
-    run = Run(config, world, fresh=fresh)
-    return run_stage(SupervisedFineTuning(config, world), run)
+    with Run(config, world, fresh=fresh) as run:
+        return run_stage(SupervisedFineTuning(config, run), run)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megarlhf.parallel import platform
-from megarlhf.parallel.collectives import any_rank, broadcast_object, gather_rows, largest, sum_over_copies, sum_over_data_parallel
+from megarlhf.parallel.collectives import broadcast_object, gather_rows, largest, largest_of_world, sum_over_copies
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.seed import derive_seed
@@ -57,10 +57,8 @@ def check_collectives():
         assert whole.tolist() == [[row, row * 10] for row in range(5)]
         own = rows.sum(0) if groups.is_last_stage else torch.zeros(2)
         assert sum_over_copies(own, groups).tolist() == [10, 100]
-        shared = torch.tensor([float(place.dp + 1)])
-        assert sum_over_data_parallel(shared, groups).item() == dp * (dp + 1) / 2
     assert largest(world.rank, dist.group.WORLD, platform.CPU) == 3
-    assert any_rank(world.rank == 2, dist.group.WORLD, platform.CPU) and not any_rank(False, dist.group.WORLD, platform.CPU)
+    assert largest_of_world([world.rank, -world.rank], world) == [3, 0]
     assert broadcast_object({"rank": world.rank}) == {"rank": 0}
 
 

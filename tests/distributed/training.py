@@ -3,15 +3,19 @@
 import dataclasses
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megarlhf.batch import Experience, RankingBatch, TextBatch
+from megarlhf.engine import checkpoint
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import parameter_specs, shards_held
 from megarlhf.models.transformer import ModelSpec, initialize
+from megarlhf.parallel.collectives import gather_objects
+from megarlhf.storage.checkpoints import finish, partial_folder, read_saved
 
 VOCAB = 200  # padded to 256
 SIZES = {"num_layers": 4, "hidden_size": 32, "vocab_size": VOCAB, "max_seq_len": 32}
@@ -172,3 +176,38 @@ def assembled(shards_of_rank, name, layout):
                 target.copy_(part)
     assert not any(value.isnan().any() for value in whole.values())
     return whole
+
+
+def whole_state(engine):
+    """Kind -> canonical name -> float32 tensor shaped as this rank's parameter: all of an engine's state, summed over its shards."""
+    shards = {shard.parameter: shard for shard in engine.optimizer.shards()}
+    moments = engine.optimizer.moments()
+    kinds = {
+        "weights": {p: shard.main for p, shard in shards.items()},
+        "exp_avg": {p: moments[p][0] for p in shards},
+        "exp_avg_sq": {p: moments[p][1] for p in shards},
+    }
+    if engine.ema is not None:
+        kinds["ema"] = engine.ema.averages
+
+    def joined(parameter, piece):
+        whole = torch.zeros(parameter.numel())
+        if piece is not None:
+            start = shards[parameter].start
+            whole[start : start + piece.numel()] = piece.detach().view(-1)
+        dist.all_reduce(whole, group=engine.groups.dp)
+        return whole.view(parameter.shape)
+
+    return {kind: {name: joined(p, values.get(p)) for name, p in engine.parameters().items()} for kind, values in kinds.items()}
+
+
+def write_checkpoint(path, engines, state, world):
+    """A checkpoint of `engines` at `path`, as a run writes it; returns what is read of it."""
+    if world.rank == 0:
+        partial_folder(path).mkdir(parents=True)
+    world.barrier()
+    parts = gather_objects(checkpoint.write_own_part(path, engines, world.rank))
+    if world.rank == 0:
+        finish(path, parts, state, {name: checkpoint.describe(engine) for name, engine in engines.items()})
+    world.barrier()
+    return read_saved(path)

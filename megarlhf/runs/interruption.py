@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop: remembered until the next safe point, where everything is saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+from megarlhf.runs.agreement import RunError
+
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupted(RunError):
+    """The run was asked to stop, has saved its state, and goes on when it is started again.
+
+    Exit status 75 (sysexits.h: a temporary failure, try again), by which a launcher knows to start it again; 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 130 if signal_number == signal.SIGINT else 75
+
+
+class Interruption:
+    """Within this context SIGTERM, SIGUSR1 and the first Ctrl-C are remembered; a second Ctrl-C stops at once.
+
+    Signals reach a process's main thread only: elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the signal that came, 0 while none has."""
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in ASKED}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
