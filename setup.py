@@ -25,7 +25,7 @@ setup(
         "tokenizers",
         "pyyaml",
         "tqdm",
-        "psutil",  # megatron-core's checkpoint writer imports it and does not ask for it
+        "safetensors",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],

@@ -26,13 +26,6 @@ FACTORIES = (
     *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
 )
 MEGATRON_MODULES = (
-    "megatron.core.dist_checkpointing",
-    "megatron.core.dist_checkpointing.exchange_utils",
-    "megatron.core.dist_checkpointing.serialization",
-    "megatron.core.dist_checkpointing.strategies.async_utils",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",

@@ -105,7 +105,7 @@ class RankProcesses:
         spawn = multiprocessing.get_context("spawn")
         for rank in range(old, world_size):
             pipe, far_end = spawn.Pipe()
-            # Not a daemon: megatron-core's checkpoint writer starts processes of its own, which daemons may not.
+            # Not a daemon: a check may start processes of its own, which daemons may not.
             process = spawn.Process(target=_serve, args=(rank, self._stack_file(rank), far_end), name=f"rank{rank}")
             process.start()
             far_end.close()
@@ -164,7 +164,7 @@ class RankProcesses:
 
 def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
     """One rank's process: runs job after job until it is ended."""
-    os.setpgid(0, 0)  # a group of its own, with the processes that megatron-core's checkpoint writer starts and never ends
+    os.setpgid(0, 0)  # a group of its own, with the processes that a check starts
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
