@@ -15,6 +15,7 @@ temporary name and renamed when complete, so a folder with a checkpoint's name i
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -31,7 +32,7 @@ from megarlhf.engine.engine import Engine
 from megarlhf.engine.optimizer import Optimizer
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, architecture_to_dict
-from megarlhf.models.parameters import Shard, counts_here, shards_held
+from megarlhf.models.parameters import Shard, flat_ranges_counted, shard_of, shards_held
 from megarlhf.models.transformer import ModelSpec
 from megarlhf.parallel.collectives import broadcast_object, sum_over_data_parallel
 from megarlhf.parallel.groups import ModelGroups, World
@@ -186,24 +187,31 @@ def _sharded(prefix: str, values: Mapping[str, Tensor], spec: ModelSpec, groups:
     described: dict[str, ShardedTensor] = {}
     for name, value in values.items():
         shard = held[name]
-        if saving and not (place.dp == 0 and counts_here(shard, spec.architecture, spec.head, groups.layout, place)):
+        counted = flat_ranges_counted(shard, spec.architecture, spec.head, groups.layout, place)
+        if saving and not (place.dp == 0 and counted):
             continue
-        for number, (offset, piece) in enumerate(_pieces(shard, value, groups.layout.tp, place.tp)):
+        for number, (mine, offset, piece) in enumerate(_pieces(shard, value, groups.layout.tp)):
+            if saving and not mine:
+                continue
             key = f"{prefix}.{name}"
             made = ShardedTensor.from_rank_offsets(key, piece, *offset, replica_id=0 if saving else groups.rank)
-            described[f"{key}#{number}" if len(shard.starts) > 1 else key] = made
+            described[f"{key}#{number}"] = made
     return described
 
 
-def _pieces(shard: Shard, value: Tensor, tp: int, tp_rank: int) -> list[tuple[list[tuple[int, int, int]], Tensor]]:
-    """(rank offsets, part of the tensor) of each block of a parameter."""
+def _pieces(shard: Shard, value: Tensor, tp: int) -> list[tuple[bool, list[tuple[int, int, int]], Tensor]]:
+    """(whether this rank speaks for it, rank offsets, part of the tensor) of equal pieces of a parameter's slices."""
     dim = shard.spec.split_dim
     if dim is None:
-        return [([], value)]
-    blocks = len(shard.starts)
-    assert blocks == 1 or dim == 0
-    parts = value.split(shard.size, dim=dim)
-    return [([(dim, block * tp + tp_rank, blocks * tp)], part.contiguous()) for block, part in enumerate(parts)]
+        return [(shard.slices[0].copy == 0, [], value)]
+    slices = [part for rank in range(tp) for part in shard_of(shard.spec, rank, tp).slices]
+    unit = math.gcd(*(part.start for part in slices), *(part.size for part in slices))
+    pieces = []
+    for start, part in shard.placed():
+        for offset in range(0, part.size, unit):
+            place = (dim, (part.start + offset) // unit, shard.spec.shape[dim] // unit)
+            pieces.append((part.copy == 0, [place], value.narrow(dim, start + offset, unit).contiguous()))
+    return pieces
 
 
 def _load_tensors(path: Path, wanted: dict[str, ShardedTensor]) -> dict[str, Tensor]:
@@ -213,7 +221,8 @@ def _load_tensors(path: Path, wanted: dict[str, ShardedTensor]) -> dict[str, Ten
     joined: dict[str, list[Tensor]] = {}
     for key, tensor in loaded.items():
         joined.setdefault(key.split("#")[0], []).append(tensor)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in joined.items()}
+    dims = {key.split("#")[0]: tensor.axis_fragmentations.index(max(tensor.axis_fragmentations)) for key, tensor in wanted.items()}
+    return {name: torch.cat(parts, dim=dims[name]) if len(parts) > 1 else parts[0] for name, parts in joined.items()}
 
 
 @torch.no_grad()

@@ -72,3 +72,16 @@ def sum_over_data_parallel(values: Tensor, groups: ModelGroups) -> Tensor:
     """Sum of `values` over the ranks that hold the same shard of the model, in place."""
     dist.all_reduce(values, group=groups.dp)
     return values
+
+
+def sum_over_holders(tensor: Tensor, copies: int, tp: dist.ProcessGroup) -> None:
+    """Sum `tensor`, in place, over the `copies` consecutive ranks of `tp` that hold the same part of a parameter.
+
+    All ranks of `tp` call it, each run of holders with the tensor of its own part. They use one message with a place for each
+    part, so that no group of its own is needed for each way of sharing.
+    """
+    places = torch.zeros(tp.size() // copies, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    mine = places[tp.rank() // copies]
+    mine.copy_(tensor)
+    dist.all_reduce(places, group=tp)
+    tensor.copy_(mine)

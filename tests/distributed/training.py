@@ -164,10 +164,9 @@ def assembled(shards_of_rank, name, layout):
         held = shards_held(spec.architecture, spec.head, layout, layout.coordinates(rank))
         assert held.keys() == shards.keys()
         for parameter, shard in held.items():
-            dim = shard.spec.split_dim or 0
-            for number, start in enumerate(shard.starts):
-                target = whole[parameter].narrow(dim, start, shard.size)
-                part = shards[parameter].narrow(dim, number * shard.size, shard.size)
+            for start, piece in shard.placed():
+                target = whole[parameter].narrow(shard.dim, piece.start, piece.size)
+                part = shards[parameter].narrow(shard.dim, start, piece.size)
                 assert target.isnan().all() or torch.equal(target, part), (layout, rank, parameter)
                 target.copy_(part)
     assert not any(value.isnan().any() for value in whole.values())
