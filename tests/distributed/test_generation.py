@@ -29,6 +29,9 @@ ARCHITECTURES = {
         **SIZES,
     ),
 }
+ARCHITECTURES["shared-heads"] = dataclasses.replace(
+    ARCHITECTURES["llama"], num_layers=5, num_kv_heads=1, head_size=6, qk_norm=True, rotary_fraction=0.7, qkv_bias=True
+)
 LAYOUTS = {
     1: [{}],
     2: [{"tp": 2}, {"pp": 2}, {"pp": 2, "virtual_pp": 2}, {}, {"tp": 2, "sequence_parallel": True}],

@@ -27,12 +27,21 @@ LLAMA = Architecture(
     bias=False,
     tied_embeddings=False,
 )
+QWEN3 = dataclasses.replace(LLAMA, num_layers=6, num_kv_heads=2, head_size=6, qk_norm=True, rotary_scaling="linear", rotary_scaling_factor=2.0)
+QWEN2 = dataclasses.replace(LLAMA, num_layers=5, num_kv_heads=1, qkv_bias=True, tied_embeddings=True)
+NEOX = dataclasses.replace(
+    GPT2, num_layers=7, positions="rotary", rotary_fraction=0.5, parallel_residual=True, activation="relu", tied_embeddings=False
+)
 SPECS = {
     "gpt2": ModelSpec(architecture=GPT2, head="lm"),
     "deep": ModelSpec(architecture=dataclasses.replace(GPT2, num_layers=8), head="lm"),
     "llama": ModelSpec(architecture=LLAMA, head="lm"),
     "value": ModelSpec(architecture=GPT2, head="scalar"),
     "reward": ModelSpec(architecture=LLAMA, head="scalar"),
+    "qwen3": ModelSpec(architecture=QWEN3, head="lm"),
+    "qwen2": ModelSpec(architecture=QWEN2, head="lm"),
+    "neox": ModelSpec(architecture=NEOX, head="lm"),
+    "qwen3-reward": ModelSpec(architecture=QWEN3, head="scalar"),
 }
 ADAM = AdamSettings(eps=1e-4, weight_decay=0.1)  # eps well above rounding: a key's bias has no gradient but noise, which Adam would magnify
 LEARNING_RATE = 3e-3
