@@ -88,7 +88,9 @@ class Architecture:
             found.append(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}, or head_size be given")
         if self.num_heads % self.num_kv_heads:
             found.append(f"num_heads {self.num_heads} must be divisible by num_kv_heads {self.num_kv_heads}")
-        if self.positions == "rotary" and self.head_size and (self.rotary_size < 2 or self.rotary_size % 2):
+        if not 0 < self.rotary_fraction <= 1:
+            found.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
+        elif self.positions == "rotary" and self.head_size and (self.rotary_size < 2 or self.rotary_size % 2):
             found.append(
                 f"rotary positions turn pairs of elements: head_size {self.head_size} * rotary_fraction {self.rotary_fraction} "
                 f"must be even and above 0, got {self.rotary_size}"

@@ -131,8 +131,8 @@ def check_one_wrong_shared_head_is_found():
         target = built(spec, target_groups, seed=1)
         if every_rank or world.rank == 1:
             target[name].data[-1, -1] += 1  # the last row of the one value, which both ranks hold
-        expected = f"{name} " + ("differs between the layouts" if every_rank else "is not the same in all copies of the model in layout tp2")
-        with pytest.raises(RuntimeError, match=expected):
+        what = "differs between the layouts" if every_rank else "is not the same in all copies of the model in layout tp2"
+        with pytest.raises(RuntimeError, match=f"{name} {what}"):
             publisher.verify(built(spec, source_groups, seed=1), target)
 
 

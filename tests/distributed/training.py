@@ -27,7 +27,9 @@ LLAMA = Architecture(
     bias=False,
     tied_embeddings=False,
 )
-QWEN3 = dataclasses.replace(LLAMA, num_layers=6, num_kv_heads=2, head_size=6, qk_norm=True, rotary_scaling="linear", rotary_scaling_factor=2.0)
+QWEN3 = dataclasses.replace(
+    LLAMA, num_layers=6, num_kv_heads=2, head_size=6, qk_norm=True, rotary_scaling="linear", rotary_scaling_factor=2.0
+)
 QWEN2 = dataclasses.replace(LLAMA, num_layers=5, num_kv_heads=1, qkv_bias=True, tied_embeddings=True)
 NEOX = dataclasses.replace(
     GPT2, num_layers=7, positions="rotary", rotary_fraction=0.5, parallel_residual=True, activation="relu", tied_embeddings=False
@@ -166,11 +168,15 @@ def local_weights(engine):
 
 def assembled(shards_of_rank, name, layout):
     """Canonical name -> full parameter from every rank's `local_weights`; what several ranks hold must be bitwise equal."""
-    spec = SPECS[name]
+    return assemble(shards_of_rank, SPECS[name].architecture, SPECS[name].head, layout)
+
+
+def assemble(shards_of_rank, architecture, head, layout):
+    """`assembled`, of any model."""
     dtype = next(iter(shards_of_rank[0].values())).dtype
-    whole = {p.name: torch.full(p.shape, torch.nan, dtype=dtype) for p in parameter_specs(spec.architecture, spec.head)}
+    whole = {p.name: torch.full(p.shape, torch.nan, dtype=dtype) for p in parameter_specs(architecture, head)}
     for rank, shards in enumerate(shards_of_rank):
-        held = shards_held(spec.architecture, spec.head, layout, layout.coordinates(rank))
+        held = shards_held(architecture, head, layout, layout.coordinates(rank))
         assert held.keys() == shards.keys()
         for parameter, shard in held.items():
             for start, piece in shard.placed():
