@@ -87,18 +87,38 @@ class ArchitectureConfig:
     """Width of the feed-forward layer; None: four times hidden_size."""
     max_seq_len: int | None = None
     """Context in tokens; None: 2048."""
+    head_size: int | None = None
+    """Width of one attention head; None: hidden_size / num_heads."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sublayer."""
     norm_eps: float = 1e-5
     """Added to the variance."""
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu_tanh"
     """Feed-forward activation; gelu_tanh is GPT-2's."""
+    parallel_residual: bool = False
+    """Attention and feed-forward both read the layer's input (GPT-NeoX)."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (Qwen3)."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position embedding."""
     rotary_base: float = 10000.0
     """Base period of rotary positions."""
+    rotary_fraction: float = 1.0
+    """Share of each head that rotary positions turn (GPT-NeoX: 0.25)."""
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary frequencies are changed for a lengthened context: not, all divided by the factor, or the slow ones (Llama 3.1)."""
+    rotary_scaling_factor: float = 1.0
+    """What frequencies are divided by."""
+    rotary_low_frequency_factor: float = 1.0
+    """llama3: frequencies that turn less often than this in the original context are divided."""
+    rotary_high_frequency_factor: float = 4.0
+    """llama3: frequencies that turn more often than this in the original context stay."""
+    rotary_original_context: int = 8192
+    """llama3: the context in tokens before it was lengthened."""
     bias: bool = True
     """Biases in linear layers."""
+    qkv_bias: bool = False
+    """Biases in the projections to queries, keys and values where `bias` is off (Qwen2)."""
     tied_embeddings: bool = True
     """Whether the language-model head is the embedding."""
     init_std: float = 0.02
@@ -106,7 +126,11 @@ class ArchitectureConfig:
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        return at_least(self, 1, "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_seq_len")
+        sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_seq_len", "head_size")
+        found = at_least(self, 1, *sizes, "rotary_scaling_factor", "rotary_original_context")
+        if not 0 < self.rotary_fraction <= 1:
+            found.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from megarlhf.engine.engine import Engine
 from megarlhf.engine.optimizer import MasterShard, Optimizer
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, architecture_to_dict
-from megarlhf.models.parameters import Shard, counts_here, shards_held
-from megarlhf.storage.checkpoints import CheckpointReader, Part, Saved, write_part
+from megarlhf.models.parameters import Shard, flat_ranges_counted, shards_held
+from megarlhf.storage.checkpoints import CheckpointReader, Part, Saved, entry_name, write_part
 from megarlhf.storage.pieces import Piece
 
 
@@ -39,24 +39,23 @@ def write_own_part(path: Path, models: Mapping[str, TrainEngine], rank: int) -> 
     tensors: dict[str, dict[str, dict[str, Tensor]]] = {}
     pieces: dict[str, dict[str, Piece]] = {}
     for name, engine in models.items():
-        owned = list(_owned(engine))
         moments = engine.optimizer.moments()
-        pieces[name] = {parameter: piece for parameter, _, piece in owned}
-        tensors[name] = {
-            "weights": {parameter: shard.main for parameter, shard, _ in owned},
-            "exp_avg": {parameter: moments[shard.parameter][0] for parameter, shard, _ in owned},
-            "exp_avg_sq": {parameter: moments[shard.parameter][1] for parameter, shard, _ in owned},
+        kinds = {
+            "weights": lambda shard: shard.main,
+            "exp_avg": lambda shard, of=moments: of[shard.parameter][0],
+            "exp_avg_sq": lambda shard, of=moments: of[shard.parameter][1],
         }
         if engine.ema is not None:
-            tensors[name]["ema"] = {parameter: engine.ema.averages[shard.parameter] for parameter, shard, _ in owned}
+            kinds["ema"] = lambda shard, of=engine.ema.averages: of[shard.parameter]
+        owned = list(_owned(engine))
+        pieces[name] = {entry: piece for entry, _, piece, _ in owned}
+        tensors[name] = {kind: {entry: values(shard).view(-1)[span] for entry, shard, _, span in owned} for kind, values in kinds.items()}
     return write_part(path, rank, tensors, pieces)
 
 
 def bytes_owned(models: Mapping[str, TrainEngine]) -> int:
     """Bytes of tensors that `write_own_part` writes on this rank."""
-    return sum(
-        4 * shard.main.numel() * (4 if engine.ema is not None else 3) for engine in models.values() for _, shard, _ in _owned(engine)
-    )
+    return sum(4 * piece.num_elements * (4 if engine.ema is not None else 3) for engine in models.values() for _, _, piece, _ in _owned(engine))
 
 
 def describe(engine: TrainEngine) -> dict:
@@ -144,15 +143,24 @@ def _held_by_optimizer(engine: TrainEngine) -> Iterator[tuple[str, MasterShard, 
         yield name, shard, _piece(held[name], shard.start, shard.start + shard.main.numel())
 
 
-def _owned(engine: TrainEngine) -> Iterator[tuple[str, MasterShard, Piece]]:
-    """Those for which this rank speaks: over all ranks every element once."""
+def _owned(engine: TrainEngine) -> Iterator[tuple[str, MasterShard, Piece, slice]]:
+    """(entry, shard, piece, its place in the shard) of what this rank speaks for: over all ranks every element once.
+
+    A parameter of which it speaks for several ranges, as key-value heads are shared, has an entry for each.
+    """
     a, head, layout, place = engine.spec.architecture, engine.spec.head, engine.groups.layout, engine.groups.coordinates
     held = shards_held(a, head, layout, place)
-    return (entry for entry in _held_by_optimizer(engine) if counts_here(held[entry[0]], a, head, layout, place))
+    for name, shard, whole in _held_by_optimizer(engine):
+        ranges = flat_ranges_counted(held[name], a, head, layout, place)
+        for number, (start, stop) in enumerate(ranges):
+            first, last = max(start, whole.start), min(stop, whole.stop)
+            if first < last:
+                entry = entry_name(name, number)
+                yield entry, shard, _piece(held[name], first, last), slice(first - whole.start, last - whole.start)
 
 
 def _piece(shard: Shard, start: int, stop: int) -> Piece:
-    return Piece(shard.spec.shape, shard.spec.split_dim or 0, tuple((first, shard.size) for first in shard.starts), start, stop)
+    return Piece(shard.spec.shape, shard.dim, tuple((part.start, part.size) for part in shard.slices), start, stop)
 
 
 def _restore_grad_scaler(optimizer: Optimizer, values: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from megarlhf.models.parameters import counts_here, shards_held
+from megarlhf.models.parameters import flat_ranges_counted, shards_held
 from megarlhf.models.transformer import ModelSpec, Transformer, named_parameters
 from megarlhf.parallel.collectives import sum_over_world
 from megarlhf.parallel.groups import ModelGroups
@@ -92,11 +92,11 @@ class Optimizer:
                 group["fused"] = True
         held = shards_held(spec.architecture, spec.head, groups.layout, groups.coordinates)
         self._in_norm = {
-            parameter
+            parameter: flat_ranges_counted(held[name], spec.architecture, spec.head, groups.layout, groups.coordinates)
             for name, parameter in named_parameters(transformers, groups).items()
-            if counts_here(held[name], spec.architecture, spec.head, groups.layout, groups.coordinates)
         }
-        """Parameters that this rank brings into the gradient norm, so that each element counts once over the ranks of a copy."""
+        """What this rank brings into the gradient norm of each flattened parameter, so that each element counts once over the ranks
+        of a copy."""
 
     @property
     def adam(self) -> torch.optim.Optimizer:
@@ -134,10 +134,17 @@ class Optimizer:
         return UpdateResult(grad_norm=norm, skipped=False, loss_scale=scale)
 
     def _grad_norm(self) -> float:
-        grads = [shard.main.grad for shard in self.shards() if shard.parameter in self._in_norm]
+        grads = [grad for shard in self.shards() for grad in self._counted(shard)]
         norms = torch._foreach_norm(grads) if grads else []
         square = torch.stack([norm.double() ** 2 for norm in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
         return float(sum_over_world(square.reshape(1).to(self.groups.device), self.groups)) ** 0.5
+
+    def _counted(self, shard: MasterShard) -> Iterator[Tensor]:
+        """The parts of a shard's gradient that this rank brings into the norm."""
+        for start, stop in self._in_norm[shard.parameter]:
+            first, last = max(start - shard.start, 0), min(stop - shard.start, shard.main.numel())
+            if first < last:
+                yield shard.main.grad.view(-1)[first:last]
 
     def shards(self) -> Iterator[MasterShard]:
         """Every shard that this rank updates."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megarlhf.models.transformer import Transformer
 from megarlhf.parallel import platform
+from megarlhf.parallel.collectives import sum_over_holders
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -27,8 +28,15 @@ Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
 
 
 def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-    """megatron's finalize_model_grads without its division by tokens."""
+    """megatron's finalize_model_grads without its division by tokens, and the sum over the ranks that hold one key-value head."""
     finalize_model_grads(chunks, None, *args, **kwargs)
+    for transformer in (chunk.module for chunk in chunks):
+        tp = transformer.pg_collection.tp
+        for parameter in transformer.parameters():
+            dim = parameter.shard.spec.split_dim
+            for start, part in parameter.shard.placed():
+                if dim is not None and part.copies > 1:
+                    sum_over_holders(parameter.main_grad.narrow(dim, start, part.size), part.copies, tp)
 
 
 def schedule_violations(layout: ParallelLayout) -> list[str]:

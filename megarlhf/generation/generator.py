@@ -14,6 +14,7 @@ from megarlhf.batch import Prompts, Rollouts
 from megarlhf.generation.cache import KeyValueCache
 from megarlhf.generation.sampling import Sampling, sample_tokens
 from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import kv_heads_per_rank
 from megarlhf.models.transformer import Transformer, sequence_parallel_off
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
@@ -160,7 +161,7 @@ class Generator:
         return KeyValueCache(
             [layer.layer_number for chunk in self.chunks for layer in chunk.decoder.layers],
             batch=batch,
-            kv_heads=a.num_kv_heads // layout.tp,
+            kv_heads=kv_heads_per_rank(a, layout.tp),
             max_len=max_len,
             head_size=a.head_size,
             dtype=parameter.dtype,

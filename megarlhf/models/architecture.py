@@ -22,20 +22,47 @@ class Architecture:
     vocab_size: int
     """Ids that mean something; the embedding holds `padded_vocab_size` rows."""
     max_seq_len: int
+    head_size: int = 0
+    """Width of one attention head; 0 stands for hidden_size / num_heads, and is replaced by it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu_tanh"
+    parallel_residual: bool = False
+    """Whether attention and feed-forward both read the layer's input, x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normalised, before rotary positions, with weights that the heads share (Qwen3)."""
     positions: Literal["learned", "rotary"] = "learned"
     rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
+    """Share of each head that is rotated, its first `rotary_size` elements (GPT-NeoX)."""
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How the rotary frequencies of a lengthened context are changed; see models/rotary.py."""
+    rotary_scaling_factor: float = 1.0
+    rotary_low_frequency_factor: float = 1.0
+    """llama3 only, with the two below."""
+    rotary_high_frequency_factor: float = 4.0
+    rotary_original_context: int = 8192
+    """Context before it was lengthened."""
     bias: bool = True
     """Whether linear layers have biases."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have biases where `bias` is off (Qwen2)."""
     tied_embeddings: bool = True
     """Whether the language-model head is the embedding."""
 
+    def __post_init__(self) -> None:
+        if not self.head_size and self.hidden_size % self.num_heads == 0:
+            object.__setattr__(self, "head_size", self.hidden_size // self.num_heads)
+
     @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+    def rotary_size(self) -> int:
+        """Elements of a head that rotary positions turn."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias or self.qkv_bias
 
     @property
     def padded_vocab_size(self) -> int:
@@ -44,22 +71,35 @@ class Architecture:
 
     def num_parameters(self) -> int:
         """Parameters of the language model, without the padding of its vocabulary (instructgpt facts, section 7)."""
-        h, f, kv = self.hidden_size, self.ffn_size, self.num_kv_heads * self.head_size
-        norm = h * (2 if self.norm == "layernorm" else 1)
+        h, f, q, kv = self.hidden_size, self.ffn_size, self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        norm = 2 if self.norm == "layernorm" else 1
         gate = 2 if self.activation == "swiglu" else 1
-        weights = h * (h + 2 * kv) + h * h + gate * h * f + f * h
-        biases = (h + 2 * kv) + h + gate * f + h if self.bias else 0
+        weights = h * (q + 2 * kv) + q * h + gate * h * f + f * h
+        biases = (q + 2 * kv if self.has_qkv_bias else 0) + (h + gate * f + h if self.bias else 0)
+        norms = 2 * norm * h + (2 * norm * self.head_size if self.qk_norm else 0)
         embedding = self.vocab_size * h * (1 if self.tied_embeddings else 2)
         positions = self.max_seq_len * h if self.positions == "learned" else 0
-        return self.num_layers * (weights + biases + 2 * norm) + norm + embedding + positions
+        return self.num_layers * (weights + biases + norms) + norm * h + embedding + positions
 
     def violations(self) -> list[str]:
         """Every rule between the sizes that does not hold."""
         found = []
-        if self.hidden_size % self.num_heads:
-            found.append(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
+        if not self.head_size:
+            found.append(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}, or head_size be given")
         if self.num_heads % self.num_kv_heads:
             found.append(f"num_heads {self.num_heads} must be divisible by num_kv_heads {self.num_kv_heads}")
+        if not 0 < self.rotary_fraction <= 1:
+            found.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
+        elif self.positions == "rotary" and self.head_size and (self.rotary_size < 2 or self.rotary_size % 2):
+            found.append(
+                f"rotary positions turn pairs of elements: head_size {self.head_size} * rotary_fraction {self.rotary_fraction} "
+                f"must be even and above 0, got {self.rotary_size}"
+            )
+        if self.rotary_scaling == "llama3" and self.rotary_high_frequency_factor <= self.rotary_low_frequency_factor:
+            found.append(
+                f"rotary_high_frequency_factor {self.rotary_high_frequency_factor} must be above "
+                f"rotary_low_frequency_factor {self.rotary_low_frequency_factor}"
+            )
         return found
 
 

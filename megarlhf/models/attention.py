@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megarlhf.models.rotary import Rotary
+
 
 class KeyValueStore(Protocol):
     """What generation passes through the model in place of an attention mask."""
@@ -24,19 +26,6 @@ class KeyValueStore(Protocol):
         ...
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
-
-    Args: x [batch, heads, seq, head_size]; positions [batch or 1, seq].
-    """
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None, :, None].float() * frequency  # [batch, 1, seq, half]
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
 class SdpaAttention(nn.Module):
     """Causal softmax(q k / sqrt(d)) v for megatron's self-attention.
 
@@ -44,19 +33,19 @@ class SdpaAttention(nn.Module):
     called with ``attention_mask=None``; generation passes a `KeyValueStore` there instead.
     """
 
-    def __init__(self, *, config, layer_number: int, rotary_base: float | None, **unused: object) -> None:
+    def __init__(self, *, config, layer_number: int, rotary: Rotary | None, **unused: object) -> None:
         super().__init__()
         self.layer_number = layer_number
-        self.rotary_base = rotary_base
+        self.rotary = rotary
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: KeyValueStore | None = None, **unused: object
     ) -> Tensor:
         """query [seq, batch, heads, head_size]; key, value [seq, batch, kv_heads, head_size] -> [seq, batch, heads * head_size]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, seq, head_size]
-        if self.rotary_base is not None:
+        if self.rotary is not None:
             positions = torch.arange(q.shape[2], device=q.device)[None] if attention_mask is None else attention_mask.positions
-            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
         if attention_mask is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         else:

@@ -24,7 +24,9 @@ from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention
 from megarlhf.models.linear import ColumnLinear, RowLinear
 from megarlhf.models.norm import Norm
-from megarlhf.models.parameters import TIED_NAME, Head, Shard, shards_held
+from megarlhf.models.parallel_residual import ParallelResidualLayer
+from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, shards_held
+from megarlhf.models.rotary import Rotary
 from megarlhf.models.scalar_head import ScalarHead
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import derive_seed
@@ -32,7 +34,7 @@ from megarlhf.parallel.seed import derive_seed
 Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu, "swiglu": F.silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +118,15 @@ def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
         )
         if spec.head == "scalar" and last:
             del chunk.output_layer
+        for layer, module in zip(layers, chunk.decoder.layers, strict=True):  # megatron numbers them from 1, as if all stages were equal
+            module.layer_number = module.self_attention.layer_number = module.self_attention.core_attention.layer_number = layer + 1
         chunk.to(dtype=DTYPES[spec.precision], device=groups.device)
         if spec.head == "scalar" and last:
             chunk.scalar_head = ScalarHead(a.hidden_size, sequence_parallel=layout.sequence_parallel, device=groups.device)
         chunks.append(chunk)
+    held = shards_held(a, spec.head, layout, place)
+    for name, parameter in named_parameters(chunks, groups).items():
+        parameter.shard = held[name]  # the gradients of slices that several ranks hold are summed over them
     return chunks
 
 
@@ -139,9 +146,13 @@ def layout_violations(architecture: Architecture, layout) -> list[str]:
 def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    rotary_base = spec.architecture.rotary_base if spec.architecture.positions == "rotary" else None
+    rotary = Rotary(spec.architecture) if spec.architecture.positions == "rotary" else None
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
-    attention.core_attention = functools.partial(SdpaAttention, rotary_base=rotary_base)
+    attention.core_attention = functools.partial(SdpaAttention, rotary=rotary)
+    if spec.architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    if spec.architecture.parallel_residual:
+        layer.module = ParallelResidualLayer
     # a ModuleSpec in older releases of megatron-core, a partial in newer ones
     feed_forward = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     attention.linear_qkv = feed_forward.linear_fc1 = ColumnLinear
@@ -160,13 +171,16 @@ def _transformer_config(spec: ModelSpec, groups: ModelGroups) -> TransformerConf
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         num_attention_heads=a.num_heads,
-        num_query_groups=a.num_kv_heads,
+        num_query_groups=kv_heads_per_rank(a, layout.tp) * layout.tp,  # to megatron, equal heads on several ranks are heads like others
+        kv_channels=a.head_size,
+        qk_layernorm=a.qk_norm,
         ffn_hidden_size=a.ffn_size,
         normalization="LayerNorm" if a.norm == "layernorm" else "RMSNorm",
         layernorm_epsilon=a.norm_eps,
         activation_func=ACTIVATIONS[a.activation],
         gated_linear_unit=a.activation == "swiglu",
         add_bias_linear=a.bias,
+        add_qkv_bias=a.has_qkv_bias,
         hidden_dropout=spec.dropout,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -243,10 +257,7 @@ def initialize(
 
 def take_shard(full: Tensor, shard: Shard) -> Tensor:
     """The rank's part of a full parameter."""
-    dim = shard.spec.split_dim
-    if dim is None:
-        return full
-    return torch.cat([full.narrow(dim, start, shard.size) for start in shard.starts], dim=dim)
+    return torch.cat([full.narrow(shard.dim, part.start, part.size) for part in shard.slices], dim=shard.dim)
 
 
 @contextlib.contextmanager

@@ -70,3 +70,16 @@ def sum_over_world(values: Tensor, groups: ModelGroups) -> Tensor:
     total = values.clone()
     dist.all_reduce(total, group=groups.world)
     return total
+
+
+def sum_over_holders(tensor: Tensor, copies: int, tp: dist.ProcessGroup) -> None:
+    """Sum `tensor`, in place, over the `copies` consecutive ranks of `tp` that hold the same part of a parameter.
+
+    All ranks of `tp` call it, each run of holders with the tensor of its own part. They use one message with a place for each
+    part, so that no group of its own is needed for each way of sharing.
+    """
+    places = torch.zeros(tp.size() // copies, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    mine = places[tp.rank() // copies]
+    mine.copy_(tensor)
+    dist.all_reduce(places, group=tp)
+    tensor.copy_(mine)

@@ -68,15 +68,30 @@ class ParallelLayout:
     def chunks(self, num_layers: int, pp_rank: int) -> list[range]:
         """The layers of each of a stage's ``virtual_pp`` chunks, numbered globally from 0.
 
-        Chunk v of stage p is block ``v * pp + p`` of the ``pp * virtual_pp`` equal blocks.
+        Chunk v of stage p is block ``v * pp + p`` of the ``pp * virtual_pp`` blocks. Where these do not divide the layers, some
+        blocks have one layer more: those before the last, which has the head's work too, and the first, which has the
+        embedding's, only when all between have. Late ones first: an early stage keeps more micro-batches' activations.
         """
-        size = num_layers // (self.pp * self.virtual_pp)
-        blocks = [v * self.pp + pp_rank for v in range(self.virtual_pp)]
-        return [range(block * size, (block + 1) * size) for block in blocks]
+        return [range(*self._block(num_layers, v * self.pp + pp_rank)) for v in range(self.virtual_pp)]
 
     def stage_of_layer(self, num_layers: int, layer: int) -> int:
         """The pipeline stage that holds `layer`."""
-        return layer // (num_layers // (self.pp * self.virtual_pp)) % self.pp
+        depth, first_deeper = self._depths(num_layers)
+        after = layer - first_deeper * depth  # layers of the shallow blocks
+        return (layer // depth if after < 0 else first_deeper + after // (depth + 1)) % self.pp
+
+    def _depths(self, num_layers: int) -> tuple[int, int]:
+        """(layers of a block, the first of the blocks that have one more; the last has not)."""
+        blocks = self.pp * self.virtual_pp
+        depth, rest = divmod(num_layers, blocks)
+        return depth, blocks - 1 - rest
+
+    def _block(self, num_layers: int, block: int) -> tuple[int, int]:
+        """(first layer, the one after the last) of a block."""
+        depth, first_deeper = self._depths(num_layers)
+        last = self.pp * self.virtual_pp - 1
+        first, stop = (b * depth + max(0, min(b, last) - first_deeper) for b in (block, block + 1))
+        return first, stop
 
     def violations(
         self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int, padded_vocab_size: int
@@ -84,14 +99,13 @@ class ParallelLayout:
         """Every way in which this layout cannot hold such a model, as sentences with their numbers."""
         found = []
         stages = self.pp * self.virtual_pp
-        if num_layers % stages:
+        if num_layers < stages:
             found.append(
-                f"num_layers {num_layers} must be divisible by pp * virtual_pp = {self.pp} * {self.virtual_pp}; "
-                f"{num_layers} % {stages} = {num_layers % stages}"
+                f"num_layers {num_layers} must be at least pp * virtual_pp = {self.pp} * {self.virtual_pp} = {stages}: "
+                "each chunk of a stage holds a layer"
             )
         sizes = {
             "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
             "hidden_size": hidden_size,
             "ffn_size": ffn_size,
             "the padded vocabulary": padded_vocab_size,
@@ -99,6 +113,10 @@ class ParallelLayout:
         for name, size in sizes.items():
             if size % self.tp:
                 found.append(f"{name} {size} must be divisible by tp {self.tp}; {size} % {self.tp} = {size % self.tp}")
+        if num_kv_heads % self.tp and self.tp % num_kv_heads:
+            found.append(
+                f"num_kv_heads {num_kv_heads} must be divisible by tp {self.tp}, or tp by it (several ranks then hold each key-value head)"
+            )
         if self.virtual_pp > 1 and self.pp == 1:
             found.append(f"virtual_pp {self.virtual_pp} needs pp > 1")
         if self.sequence_parallel and self.tp == 1:

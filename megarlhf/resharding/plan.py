@@ -12,9 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from megarlhf.models.architecture import Architecture
-from megarlhf.models.parameters import Head, ParameterSpec, Shard, parameter_specs, shard_of, stages_of
+from megarlhf.models.parameters import Head, ParameterSpec, Shard, parameter_specs, shard_of, shares_groups, stages_of
 from megarlhf.parallel.layout import ParallelLayout
 
 NODE_SIZE = 8
@@ -45,36 +46,65 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Parameters that lie on the same stages in each layout, so that one choice of senders serves them all."""
+class Section:
+    """What of a parameter is dealt to ranks in one way: all of it, or the own or the shared elements of its groups."""
 
-    specs: tuple[ParameterSpec, ...]
+    spec: ParameterSpec
+    kind: Literal["all", "own", "shared"] = "all"
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) along the parameter's split_dim."""
+        length = self.spec.shape[self.spec.split_dim or 0]
+        if self.kind == "all":
+            yield 0, length
+            return
+        group = length // self.spec.groups
+        for start in range(0, length, group):
+            shared = start + group - self.spec.shared
+            yield (start, shared) if self.kind == "own" else (shared, start + group)
+
+    def parts(self, tp: int) -> int:
+        """How many different parts of it `tp` ranks hold; rank t holds part t * parts // tp."""
+        if self.spec.split_dim is None:
+            return 1
+        return min(tp, self.spec.groups) if self.kind == "shared" else tp
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole section."""
+        length = self.spec.shape[self.spec.split_dim or 0]
+        return sum(stop - start for start, stop in self.ranges()) * (math.prod(self.spec.shape) // length)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sections of parameters that lie on the same ranks in each layout, so that one choice of senders serves them all."""
+
+    sections: tuple[Section, ...]
     source_stages: tuple[int, ...]
     target_stages: tuple[int, ...]
-    split: bool
-    """Whether tensor parallelism splits them."""
+    source_parts: int
+    """Equal parts that tensor-parallel ranks hold; 1 where each holds all."""
+    target_parts: int
 
     @cached_property
     def num_elements(self) -> int:
-        """Elements of the whole parameters."""
-        return sum(math.prod(spec.shape) for spec in self.specs)
+        """Elements of the whole sections."""
+        return sum(section.num_elements for section in self.sections)
 
-    def shared_elements(self, source_tp: int, source_size: int, target_tp: int, target_size: int) -> int:
-        """Elements in both the slice `source_tp` of `source_size` and the slice `target_tp` of `target_size`."""
-        if not self.split:
-            return self.num_elements
-        # in units of 1 / (source_size * target_size) of the whole
-        start = max(source_tp * target_size, target_tp * source_size)
-        stop = min((source_tp + 1) * target_size, (target_tp + 1) * source_size)
-        return self.num_elements * max(0, stop - start) // (source_size * target_size)
+    def shared_elements(self, source_part: int, target_part: int) -> int:
+        """Elements in both a part in the source and a part in the target."""
+        # in units of 1 / (source_parts * target_parts) of the whole
+        start = max(source_part * self.target_parts, target_part * self.source_parts)
+        stop = min((source_part + 1) * self.target_parts, (target_part + 1) * self.source_parts)
+        return self.num_elements * max(0, stop - start) // (self.source_parts * self.target_parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which source rank serves a target rank with tensor-parallel slice `source_tp` of a family (0 of a family that is not split)."""
+    """Which source rank serves a target rank with what both hold of a family."""
 
     family: int
-    source_tp: int
     source: int
     target: int
     elements: int
@@ -154,11 +184,12 @@ class ReshardPlan:
         return buckets
 
     def _pieces(self, route: Route) -> Iterator[Copy]:
-        target_tp = self.target.coordinates(route.target).tp
-        for spec in self.families[route.family].specs:
-            source, target = shard_of(spec, route.source_tp, self.source.tp), shard_of(spec, target_tp, self.target.tp)
-            for source_start, target_start, size in _common(source, target):
-                yield Copy(spec.name, route.source, route.target, spec.split_dim or 0, source_start, target_start, size)
+        source_tp, target_tp = self.source.coordinates(route.source).tp, self.target.coordinates(route.target).tp
+        for section in self.families[route.family].sections:
+            spec = section.spec
+            source, target = shard_of(spec, source_tp, self.source.tp), shard_of(spec, target_tp, self.target.tp)
+            for source_start, target_start, size in _common(section, source, target):
+                yield Copy(spec.name, route.source, route.target, source.dim, source_start, target_start, size)
 
 
 def plan_reshard(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> ReshardPlan:
@@ -184,10 +215,12 @@ def _placed(architecture: Architecture, head: Head, source: ParallelLayout, targ
 
 def _families(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> tuple[Family, ...]:
     """The families, most elements first: small ones then even out what large ones left uneven."""
-    members: dict[tuple, list[ParameterSpec]] = defaultdict(list)
+    members: dict[tuple, list[Section]] = defaultdict(list)
     for spec, source_stages, target_stages in _placed(architecture, head, source, target):
-        members[source_stages, target_stages, spec.split_dim is not None].append(spec)
-    families = [Family(tuple(specs), *key) for key, specs in members.items()]
+        apart = shares_groups(spec, max(source.tp, target.tp))
+        for section in (Section(spec, "own"), Section(spec, "shared")) if apart else (Section(spec),):
+            members[source_stages, target_stages, section.parts(source.tp), section.parts(target.tp)].append(section)
+    families = [Family(tuple(sections), *key) for key, sections in members.items()]
     return tuple(sorted(families, key=lambda family: family.num_elements, reverse=True))
 
 
@@ -197,22 +230,23 @@ def _routes(families: tuple[Family, ...], source: ParallelLayout, target: Parall
         place = target.coordinates(rank)
         targets_of_stage[place.pp].append((rank, place.tp))
     for number, family in enumerate(families):
-        for source_tp in range(source.tp if family.split else 1):
-            holders = senders.holders(family.source_stages, source_tp if family.split else None)
+        for source_part in range(family.source_parts):
+            holders = senders.holders(family.source_stages, source_part, family.source_parts)
             for rank, target_tp in (pair for stage in family.target_stages for pair in targets_of_stage[stage]):
-                elements = family.shared_elements(source_tp, source.tp, target_tp, target.tp)
+                elements = family.shared_elements(source_part, target_tp * family.target_parts // target.tp)
                 if elements:
-                    yield Route(number, source_tp, senders.choose(holders, rank, elements), rank, elements)
+                    yield Route(number, senders.choose(holders, rank, elements), rank, elements)
 
 
-def _common(source: Shard, target: Shard) -> Iterator[tuple[int, int, int]]:
-    """(start in the source rank's tensor, start in the target rank's, length) of every range that both hold."""
-    for i, source_start in enumerate(source.starts):
-        for j, target_start in enumerate(target.starts):
-            start = max(source_start, target_start)
-            size = min(source_start + source.size, target_start + target.size) - start
-            if size > 0:
-                yield i * source.size + start - source_start, j * target.size + start - target_start, size
+def _common(section: Section, source: Shard, target: Shard) -> Iterator[tuple[int, int, int]]:
+    """(start in the source rank's tensor, start in the target rank's, length) of every range of the section that both hold."""
+    for source_at, a in source.placed():
+        for target_at, b in target.placed():
+            for first, stop in section.ranges():
+                start = max(a.start, b.start, first)
+                size = min(a.start + a.size, b.start + b.size, stop) - start
+                if size > 0:
+                    yield source_at + start - a.start, target_at + start - b.start, size
 
 
 def _grouped(routes: tuple[Route, ...], end: str) -> dict[int, list[Route]]:
@@ -241,13 +275,14 @@ class _Senders:
         self.sent = [0] * layout.num_ranks
         self._holders: dict[tuple, _Holders] = {}
 
-    def holders(self, stages: tuple[int, ...], tp: int | None) -> _Holders:
-        """Ranks of these stages with this tensor-parallel rank, or with any."""
-        layout = self.layout
-        if (stages, tp) not in self._holders:
-            places = [(stage, dp, t) for stage in stages for dp in range(layout.dp) for t in (range(layout.tp) if tp is None else (tp,))]
-            self._holders[stages, tp] = _Holders([layout.rank(tp=t, dp=dp, pp=stage) for stage, dp, t in places])
-        return self._holders[stages, tp]
+    def holders(self, stages: tuple[int, ...], part: int, parts: int) -> _Holders:
+        """Ranks of these stages that hold part `part` of `parts`."""
+        layout, key = self.layout, (stages, part, parts)
+        if key not in self._holders:
+            of_part = [tp for tp in range(layout.tp) if tp * parts // layout.tp == part]
+            places = [(stage, dp, tp) for stage in stages for dp in range(layout.dp) for tp in of_part]
+            self._holders[key] = _Holders([layout.rank(tp=tp, dp=dp, pp=stage) for stage, dp, tp in places])
+        return self._holders[key]
 
     def choose(self, holders: _Holders, target: int, elements: int) -> int:
         """The sender of `elements` to `target`: itself, else the least busy of its node (its own copy first), else the least busy."""

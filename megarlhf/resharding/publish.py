@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -76,27 +76,36 @@ class Publisher:
         """The smallest and the largest checksum of each parameter over all copies in one layout."""
         index = {spec.name: i for i, spec in enumerate(parameter_specs(self.architecture, self.head))}
         held = shards_held(self.architecture, self.head, groups.layout, groups.coordinates)
-        split = {name: checksum(parameters[name], shard) for name, shard in held.items() if shard.spec.split_dim is not None}
-        whole = {name: checksum(parameters[name], shard) for name, shard in held.items() if shard.spec.split_dim is None}
-        if split:
-            together = torch.stack(list(split.values()))
-            dist.all_reduce(together, group=groups.tp)
-            split = dict(zip(split, together, strict=True))
+        sums = [checksums(parameters[name], shard) for name, shard in held.items()]
+        together = torch.cat(sums)
+        dist.all_reduce(together, group=groups.tp)
+        whole = dict(zip(held, together.split([len(part) for part in sums]), strict=True))
         largest = torch.full((2, len(index)), MISSING, dtype=torch.int64, device=groups.device)
-        for name, value in {**split, **whole}.items():
-            largest[0, index[name]] = value
-            largest[1, index[name]] = ~value  # ~ reverses the order of integers, so that the largest is the smallest's
+        for name, values in whole.items():
+            largest[0, index[name]] = values.max()
+            largest[1, index[name]] = (~values).max()  # ~ reverses the order of integers, so that the largest is the smallest's
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.world)
         return (~largest[1]).tolist(), largest[0].tolist()
 
 
-def checksum(tensor: Tensor, shard: Shard) -> Tensor:
-    """Sum over the elements of bits * weight of the place in the whole parameter, modulo 2**64: [] int64.
+def checksums(tensor: Tensor, shard: Shard) -> Tensor:
+    """What a rank adds to the checksums of the copies of a whole parameter among its tensor-parallel peers: [copies] int64.
 
-    Shards of a parameter add up to the checksum of the whole, in whatever layout; a slice in the wrong place changes it.
+    A checksum is the sum over the elements of bits * weight of the place in the whole parameter, modulo 2**64. Copy c is made of
+    copy c of every slice that several ranks hold, and of the slices that one rank holds; summed over the ranks, shards give the
+    checksum of the whole, in whatever layout. A slice in the wrong place changes it.
     """
-    bits = tensor.view(INTEGERS[tensor.element_size()]).reshape(tensor.shape[0], -1)
-    rows, columns = _weights(shard, 0, tensor.device), _weights(shard, 1, tensor.device)
+    totals = torch.zeros(shard.copies, dtype=torch.int64, device=tensor.device)
+    for start, part in shard.placed():
+        found = _checksum(tensor.narrow(shard.dim, start, part.size), shard.dim, part.start)
+        totals[part.copy if part.copies > 1 else slice(None)] += found
+    return totals
+
+
+def _checksum(tensor: Tensor, dim: int, first: int) -> Tensor:
+    """[] int64: bits * weight summed over part of a parameter, which starts at `first` along `dim`."""
+    bits = tensor.contiguous().view(INTEGERS[tensor.element_size()]).reshape(tensor.shape[0], -1)
+    rows, columns = (_weights(first if dim == d else 0, bits.shape[d], tensor.device) for d in (0, 1))
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     step = max(1, CHUNK_ELEMENTS // bits.shape[1])
     for part, row_weights in zip(bits.split(step), rows.split(step), strict=True):
@@ -104,16 +113,6 @@ def checksum(tensor: Tensor, shard: Shard) -> Tensor:
     return total
 
 
-def _weights(shard: Shard, dim: int, device: torch.device) -> Tensor:
-    """[size of the shard's dim] int64: the weights of its positions in the whole parameter."""
-    return torch.cat([torch.arange(*span, device=device) for span in _spans(shard, dim)]) * STRIDE + 1
-
-
-def _spans(shard: Shard, dim: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) in the whole parameter of the positions along `dim` that the rank holds; one position past the last dim."""
-    if dim >= len(shard.spec.shape):
-        yield 0, 1
-    elif dim == shard.spec.split_dim:
-        yield from ((start, start + shard.size) for start in shard.starts)
-    else:
-        yield 0, shard.spec.shape[dim]
+def _weights(first: int, size: int, device: torch.device) -> Tensor:
+    """[size] int64: the weights of positions from `first` on in the whole parameter."""
+    return torch.arange(first, first + size, device=device) * STRIDE + 1

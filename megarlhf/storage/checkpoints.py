@@ -5,7 +5,8 @@
       part_00001.safetensors   ...
       state.json               everything plain: the stage's state, the models, which part holds what, and every file's checksum
 
-A tensor of a part is named <model>.<kind>.<parameter>; kinds are "weights" (master weights), "exp_avg" and "exp_avg_sq" (Adam's
+A tensor of a part is named <model>.<kind>.<entry>; an entry is a parameter, or parameter#n where a part holds several of its pieces;
+kinds are "weights" (master weights), "exp_avg" and "exp_avg_sq" (Adam's
 moments) and "ema" (moving average). state.json carries its own checksum. Nothing in a checkpoint can run code when it is read.
 A folder is written under another name and renamed when complete, so a folder with a checkpoint's name is a whole one.
 """
@@ -39,8 +40,8 @@ class Part:
 
     file: str
     seal: Seal
-    parameters: dict[str, list[str]]
-    """Model -> parameters of which the file holds pieces."""
+    entries: dict[str, list[str]]
+    """Model -> the pieces of parameters that the file holds."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Saved:
     """Model name -> {"architecture", "head", "steps", "adam_steps", "has_ema", "grad_scaler"}."""
     files: dict[str, Seal]
     """Every other file of the checkpoint."""
-    holders: dict[str, dict[str, list[str]]] = field(repr=False)
-    """Model -> parameter -> the files that hold pieces of it."""
+    holders: dict[str, dict[str, list[tuple[str, str]]]] = field(repr=False)
+    """Model -> parameter -> (file, entry) of every piece of it."""
     identity: str
     """The checksum of all that: equal for equal checkpoints, wherever they lie."""
 
@@ -71,6 +72,11 @@ class Saved:
         return [wrong for name in checked if (wrong := damage(self.path / name, self.files[name])) is not None]
 
 
+def entry_name(parameter: str, number: int) -> str:
+    """The name of a part's piece `number` of a parameter."""
+    return f"{parameter}#{number}" if number else parameter
+
+
 def partial_folder(path: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return path.with_name(path.name + ".partial")
@@ -80,8 +86,8 @@ def write_part(path: Path, number: int, tensors: Mapping[str, Mapping[str, Mappi
     """Write one owner's tensors into the unfinished checkpoint of `path`. OSError where that fails.
 
     Args:
-        tensors: model -> kind -> parameter -> [n] float32.
-        pieces: model -> parameter -> the `Piece` that the tensors of each kind are.
+        tensors: model -> kind -> entry -> [n], float32 as a rule.
+        pieces: model -> entry -> the `Piece` that the tensors of each kind are.
     """
     file = f"part_{number:05d}.safetensors"
     flat = {f"{m}.{kind}.{p}": tensor for m, kinds in tensors.items() for kind, values in kinds.items() for p, tensor in values.items()}
@@ -94,11 +100,11 @@ def finish(path: Path, parts: Iterable[Part], state: Mapping[str, Any], models: 
     """Write state.json beside all parts and give the checkpoint its name; one that had the name before goes. OSError where that fails."""
     partial = partial_folder(path)
     parts = sorted(parts, key=lambda part: part.file)
-    holders: dict[str, dict[str, list[str]]] = {model: {} for model in models}
+    holders: dict[str, dict[str, list[tuple[str, str]]]] = {model: {} for model in models}
     for part in parts:
-        for model, names in part.parameters.items():
-            for name in names:
-                holders[model].setdefault(name, []).append(part.file)
+        for model, entries in part.entries.items():
+            for entry in entries:
+                holders[model].setdefault(entry.partition("#")[0], []).append((part.file, entry))
     content = {
         "format": FORMAT,
         "state": state,
@@ -151,8 +157,8 @@ class CheckpointReader:
         Holds one saved piece at a time besides `out`. ValueError where the checkpoint does not have them all, or has another shape.
         """
         missing = torch.ones(target.num_elements, dtype=torch.bool)
-        for name in self.saved.holders[model].get(parameter, []):
-            file, source = self._opened(name, model, parameter)
+        for name, entry in self.saved.holders[model].get(parameter, []):
+            file, source = self._opened(name, model, entry)
             if source.shape != target.shape:
                 shapes = f"{list(source.shape)}, but this one's is {list(target.shape)}"
                 raise ValueError(f"{self.saved.path}: {model}'s {parameter} is {shapes}")
@@ -160,7 +166,7 @@ class CheckpointReader:
             if not shared:
                 continue
             first, last = min(part.source_span[0] for part in shared), max(part.source_span[1] for part in shared)
-            values = file.read(f"{model}.{kind}.{parameter}", first, last)
+            values = file.read(f"{model}.{kind}.{entry}", first, last)
             for part in shared:
                 part.target(out).copy_(part.source(values, first))
                 part.target(missing).fill_(False)
@@ -168,11 +174,11 @@ class CheckpointReader:
             where = f"{int(missing.sum())} of the {missing.numel()} elements wanted of"
             raise ValueError(f"{self.saved.path} does not hold {where} {model}.{kind}.{parameter}")
 
-    def _opened(self, name: str, model: str, parameter: str) -> tuple[TensorFile, Piece]:
+    def _opened(self, name: str, model: str, entry: str) -> tuple[TensorFile, Piece]:
         if name not in self._files:
             self._files[name] = TensorFile(self.saved.path / name)
             self._pieces[name] = json.loads(self._files[name].metadata[PIECES])
-        return self._files[name], Piece.from_json(self._pieces[name][model][parameter])
+        return self._files[name], Piece.from_json(self._pieces[name][model][entry])
 
 
 def _digest(content: Mapping[str, Any]) -> str:

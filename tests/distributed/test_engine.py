@@ -39,6 +39,10 @@ CASES = {
     "gpt2": [({"recompute": "selective"}, EVERY_LAYOUT), ({"recompute": "full", "micro_batch_size": 3}, [{"tp": 2, "pp": 2, **SP}])],
     "deep": [({}, [{"pp": 4, "virtual_pp": 2}])],
     "llama": [({}, [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, **SP}])],
+    "qwen3": [({}, [{"tp": 2}, {"tp": 4}, {"tp": 4, **SP}, {"pp": 4}, {"tp": 2, "pp": 2, **SP}]), ({"recompute": "full"}, [{"tp": 4}])],
+    "qwen2": [({}, [{"tp": 2}, {"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, **SP}]), ({"recompute": "selective"}, [{"tp": 4}])],
+    "neox": [({}, [{"tp": 4, **SP}, {"pp": 4}, {"tp": 2, "pp": 2}]), ({"recompute": "full"}, [{"tp": 2, "pp": 2, **SP}])],
+    "qwen3-reward": [({}, [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, **SP}])],
     "value": [({}, [{}, {"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, **SP}])],
 }
 """Model -> how it is run, and in which layouts over four ranks."""

@@ -29,6 +29,9 @@ ARCHITECTURES = {
         **SIZES,
     ),
 }
+ARCHITECTURES["shared-heads"] = dataclasses.replace(
+    ARCHITECTURES["llama"], num_layers=5, num_kv_heads=1, head_size=6, qk_norm=True, rotary_fraction=0.7, qkv_bias=True
+)
 LAYOUTS = {
     1: [{}],
     2: [{"tp": 2}, {"pp": 2}, {"pp": 2, "virtual_pp": 2}, {}, {"tp": 2, "sequence_parallel": True}],
@@ -60,8 +63,8 @@ def build(name, groups):
     initialize(chunks, spec, groups, seed=1, std=0.1)
     head = TIED_NAME if spec.architecture.tied_embeddings else "output_layer.weight"
     held = shards_held(spec.architecture, "lm", groups.layout, groups.coordinates)
-    if head in held and held[head].starts[0] <= EOS < held[head].starts[0] + held[head].size:
-        named_parameters(chunks, groups)[head].data[EOS - held[head].starts[0]] *= 8
+    if head in held and held[head].slices[0].start <= EOS < held[head].slices[0].start + held[head].slices[0].size:
+        named_parameters(chunks, groups)[head].data[EOS - held[head].slices[0].start] *= 8
     for chunk in chunks:
         chunk.train()
     return chunks, Generator(chunks, groups, architecture=spec.architecture, eos_id=EOS, pad_id=PAD)

@@ -17,9 +17,11 @@ GPT2 = Architecture(num_kv_heads=4, **SIZES)
 LLAMA = Architecture(
     **{**SIZES, "num_heads": 8}, num_kv_heads=4, norm="rmsnorm", activation="swiglu", positions="rotary", bias=False, tied_embeddings=False
 )
+SHARED_HEADS = dataclasses.replace(LLAMA, num_layers=5, num_kv_heads=1, head_size=6, qk_norm=True, qkv_bias=True)
 MODELS = {
     "tied": ModelSpec(architecture=GPT2, head="lm"),
     "llama": ModelSpec(architecture=LLAMA, head="lm", precision="bf16"),
+    "shared-heads": ModelSpec(architecture=SHARED_HEADS, head="lm", precision="bf16"),
     "scalar": ModelSpec(architecture=GPT2, head="scalar", precision="bf16"),  # its head is float32: two dtypes in one message
 }
 PAIRS_OF_TWO = [({"tp": 2}, {"pp": 2}), ({"pp": 2}, {}), ({"pp": 2, "virtual_pp": 2}, {"tp": 2})]
@@ -117,6 +119,25 @@ def check_one_wrong_copy_is_found():
         source["embedding.word_embeddings.weight"].data[5, 5] += 1
     with pytest.raises(RuntimeError, match="embedding.word_embeddings.weight is not the same in all copies .* in layout tp1 pp2"):
         publisher.verify(source, target)
+
+
+def check_one_wrong_shared_head_is_found():
+    world = World.connect()
+    source_groups, target_groups = world.groups(world.layout(pp=2)), world.groups(world.layout(tp=2))
+    spec = MODELS["shared-heads"]
+    publisher = Publisher(spec.architecture, "lm", source_groups, target_groups)
+    name = "decoder.layers.3.self_attention.linear_qkv.weight"
+    for every_rank in (True, False):
+        target = built(spec, target_groups, seed=1)
+        if every_rank or world.rank == 1:
+            target[name].data[-1, -1] += 1  # the last row of the one value, which both ranks hold
+        what = "differs between the layouts" if every_rank else "is not the same in all copies of the model in layout tp2"
+        with pytest.raises(RuntimeError, match=f"{name} {what}"):
+            publisher.verify(built(spec, source_groups, seed=1), target)
+
+
+def test_one_wrong_shared_head_is_found(ranks2):
+    ranks2.run(check_one_wrong_shared_head_is_found)
 
 
 def test_one_wrong_copy_is_found(ranks2):

@@ -31,12 +31,23 @@ LLAMA = Architecture(
     bias=False,
     tied_embeddings=False,
 )
+QWEN3 = dataclasses.replace(
+    LLAMA, num_layers=6, num_kv_heads=2, head_size=6, qk_norm=True, rotary_scaling="linear", rotary_scaling_factor=2.0
+)
+QWEN2 = dataclasses.replace(LLAMA, num_layers=5, num_kv_heads=1, qkv_bias=True, tied_embeddings=True)
+NEOX = dataclasses.replace(
+    GPT2, num_layers=7, positions="rotary", rotary_fraction=0.5, parallel_residual=True, activation="relu", tied_embeddings=False
+)
 SPECS = {
     "gpt2": ModelSpec(architecture=GPT2, head="lm"),
     "deep": ModelSpec(architecture=dataclasses.replace(GPT2, num_layers=8), head="lm"),
     "llama": ModelSpec(architecture=LLAMA, head="lm"),
     "value": ModelSpec(architecture=GPT2, head="scalar"),
     "reward": ModelSpec(architecture=LLAMA, head="scalar"),
+    "qwen3": ModelSpec(architecture=QWEN3, head="lm"),
+    "qwen2": ModelSpec(architecture=QWEN2, head="lm"),
+    "neox": ModelSpec(architecture=NEOX, head="lm"),
+    "qwen3-reward": ModelSpec(architecture=QWEN3, head="scalar"),
 }
 ADAM = AdamSettings(eps=1e-4, weight_decay=0.1)  # eps well above rounding: a key's bias has no gradient but noise, which Adam would magnify
 LEARNING_RATE = 3e-3
@@ -161,17 +172,20 @@ def local_weights(engine):
 
 def assembled(shards_of_rank, name, layout):
     """Canonical name -> full parameter from every rank's `local_weights`; what several ranks hold must be bitwise equal."""
-    spec = SPECS[name]
+    return assemble(shards_of_rank, SPECS[name].architecture, SPECS[name].head, layout)
+
+
+def assemble(shards_of_rank, architecture, head, layout):
+    """`assembled`, of any model."""
     dtype = next(iter(shards_of_rank[0].values())).dtype
-    whole = {p.name: torch.full(p.shape, torch.nan, dtype=dtype) for p in parameter_specs(spec.architecture, spec.head)}
+    whole = {p.name: torch.full(p.shape, torch.nan, dtype=dtype) for p in parameter_specs(architecture, head)}
     for rank, shards in enumerate(shards_of_rank):
-        held = shards_held(spec.architecture, spec.head, layout, layout.coordinates(rank))
+        held = shards_held(architecture, head, layout, layout.coordinates(rank))
         assert held.keys() == shards.keys()
         for parameter, shard in held.items():
-            dim = shard.spec.split_dim or 0
-            for number, start in enumerate(shard.starts):
-                target = whole[parameter].narrow(dim, start, shard.size)
-                part = shards[parameter].narrow(dim, number * shard.size, shard.size)
+            for start, piece in shard.placed():
+                target = whole[parameter].narrow(shard.dim, piece.start, piece.size)
+                part = shards[parameter].narrow(shard.dim, start, piece.size)
                 assert target.isnan().all() or torch.equal(target, part), (layout, rank, parameter)
                 target.copy_(part)
     assert not any(value.isnan().any() for value in whole.values())

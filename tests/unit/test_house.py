@@ -23,7 +23,7 @@ ROOMS = (
     ("parallel",),
     ("models",),
     ("resharding",),
-    ("engine", "generation"),
+    ("engine", "generation", "conversion"),
     ("evaluation",),
     ("runs",),
     ("trainers",),

@@ -34,14 +34,28 @@ def test_peers_partition_the_ranks_and_differ_along_their_axes_only(layout, axes
             assert len({getattr(layout.coordinates(rank), axis) for rank in ranks}) == 1
 
 
-@pytest.mark.parametrize(("pp", "virtual_pp"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (2, 4)])
-def test_chunks_partition_the_layers_in_the_order_in_which_activations_travel(pp, virtual_pp):
+@pytest.mark.parametrize("num_layers", [8, 9, 11, 13, 15, 30])
+@pytest.mark.parametrize(("pp", "virtual_pp"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (2, 4), (8, 1)])
+def test_chunks_partition_the_layers_in_the_order_in_which_activations_travel(num_layers, pp, virtual_pp):
     layout = ParallelLayout(pp=pp, virtual_pp=virtual_pp)
-    chunks = [layout.chunks(8, stage) for stage in range(pp)]
+    assert layout.violations(**{**SIZES, "num_layers": num_layers}) == []
+    chunks = [layout.chunks(num_layers, stage) for stage in range(pp)]
     travelled = [layer for v in range(virtual_pp) for stage in range(pp) for layer in chunks[stage][v]]
-    assert travelled == list(range(8))
+    assert travelled == list(range(num_layers))
     for stage, layers in enumerate(chunks):
-        assert all(layout.stage_of_layer(8, layer) == stage for layer in itertools.chain(*layers))
+        assert all(layout.stage_of_layer(num_layers, layer) == stage for layer in itertools.chain(*layers))
+    depths = [len(chunks[stage][v]) for v in range(virtual_pp) for stage in range(pp)]
+    assert min(depths) >= 1 and max(depths) - min(depths) <= 1
+    assert depths[-1] == min(depths) and (depths[0] == min(depths) or min(depths[:-1]) == max(depths))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "depths"),
+    [(6, 4, [1, 2, 2, 1]), (5, 4, [1, 1, 2, 1]), (7, 4, [2, 2, 2, 1]), (5, 2, [3, 2]), (30, 4, [7, 8, 8, 7]), (9, 4, [2, 2, 3, 2])],
+)
+def test_stages_of_unequal_depth_spare_the_head_then_the_embedding(num_layers, pp, depths):
+    layout = ParallelLayout(pp=pp)
+    assert [len(layout.chunks(num_layers, stage)[0]) for stage in range(pp)] == depths
 
 
 def test_what_remains_of_the_ranks_is_data_parallel():
@@ -52,8 +66,10 @@ def test_what_remains_of_the_ranks_is_data_parallel():
 
 def test_violations_are_all_named_with_their_numbers():
     assert ParallelLayout(tp=2, pp=4, virtual_pp=2, sequence_parallel=True).violations(**SIZES) == []
-    found = ParallelLayout(tp=3, pp=3).violations(**SIZES)
-    assert found[0] == "num_layers 8 must be divisible by pp * virtual_pp = 3 * 1; 8 % 3 = 2"
-    assert "num_kv_heads 2 must be divisible by tp 3; 2 % 3 = 2" in found and len(found) == 6
+    assert ParallelLayout(tp=4, pp=3).violations(**SIZES) == []
+    found = ParallelLayout(tp=3, pp=9).violations(**SIZES)
+    assert found[0] == "num_layers 8 must be at least pp * virtual_pp = 9 * 1 = 9: each chunk of a stage holds a layer"
+    assert "num_heads 4 must be divisible by tp 3; 4 % 3 = 1" in found and len(found) == 6
+    assert found[-1] == "num_kv_heads 2 must be divisible by tp 3, or tp by it (several ranks then hold each key-value head)"
     assert ParallelLayout(virtual_pp=2).violations(**SIZES) == ["virtual_pp 2 needs pp > 1"]
     assert ParallelLayout(sequence_parallel=True).violations(**SIZES) == ["sequence_parallel needs tp > 1"]

@@ -1,5 +1,6 @@
 """Reshard plans: every element once, from the nearest holder, by senders that share the work."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -15,8 +16,10 @@ from megarlhf.resharding.plan import NODE_SIZE, plan_reshard
 SIZES = {"num_layers": 4, "hidden_size": 24, "num_heads": 12, "ffn_size": 48, "vocab_size": 300, "max_seq_len": 5}
 GPT2 = Architecture(num_kv_heads=12, **SIZES)
 LLAMA = Architecture(num_kv_heads=6, norm="rmsnorm", activation="swiglu", positions="rotary", bias=False, tied_embeddings=False, **SIZES)
-MODELS = [(GPT2, "lm"), (LLAMA, "lm"), (GPT2, "scalar"), (LLAMA, "scalar")]
-MODEL_IDS = ["tied", "llama", "scalar", "llama-scalar"]
+QWEN3 = dataclasses.replace(LLAMA, num_layers=7, num_kv_heads=2, head_size=4, qk_norm=True)  # 2 key-value heads on up to 6 ranks
+QWEN2 = dataclasses.replace(QWEN3, num_layers=5, num_kv_heads=1, qk_norm=False, qkv_bias=True)
+MODELS = [(GPT2, "lm"), (LLAMA, "lm"), (GPT2, "scalar"), (LLAMA, "scalar"), (QWEN3, "lm"), (QWEN2, "lm")]
+MODEL_IDS = ["tied", "llama", "scalar", "llama-scalar", "qwen3", "qwen2"]
 
 
 def layouts(num_ranks, *, architecture=GPT2):
@@ -58,10 +61,8 @@ def sharded(whole, architecture, head, layout):
 
 
 def cut(full, shard):
-    if shard.spec.split_dim is None:
-        return full.clone()
-    index = torch.tensor([start + i for start in shard.starts for i in range(shard.size)])
-    return full.index_select(shard.spec.split_dim, index)
+    index = torch.tensor([part.start + i for part in shard.slices for i in range(part.size)])
+    return full.index_select(shard.dim, index)
 
 
 def box(tensors, piece, start):
