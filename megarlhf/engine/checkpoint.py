@@ -55,7 +55,8 @@ def write_own_part(path: Path, models: Mapping[str, TrainEngine], rank: int) -> 
 
 def bytes_owned(models: Mapping[str, TrainEngine]) -> int:
     """Bytes of tensors that `write_own_part` writes on this rank."""
-    return sum(4 * piece.num_elements * (4 if engine.ema is not None else 3) for engine in models.values() for _, _, piece, _ in _owned(engine))
+    kinds = {engine: 4 if engine.ema is not None else 3 for engine in models.values()}
+    return sum(4 * kinds[engine] * piece.num_elements for engine in kinds for _, _, piece, _ in _owned(engine))
 
 
 def describe(engine: TrainEngine) -> dict:
