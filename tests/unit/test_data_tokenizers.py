@@ -127,8 +127,9 @@ SYMBOLS = ["<|im_end|>", "<|user|>", "stop", " and", "the"]
 
 def sentencepiece_model(folder, symbol, **kwargs):
     prefix = str(folder / "m")
+    kwargs = {"user_defined_symbols": [symbol], "byte_fallback": True, "normalization_rule_name": "identity", **kwargs}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=500, minloglevel=2, byte_fallback=True, normalization_rule_name="identity", **{"user_defined_symbols": [symbol], **kwargs}
+        sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=500, minloglevel=2, **kwargs
     )
     return prefix + ".model"
 
@@ -188,8 +189,8 @@ def test_no_text_yields_the_end_of_a_text_or_padding(tmp_path, kind, symbol):
     if kind == "gpt2 vocabulary" and name not in json.loads((tmp_path / "vocab.json").read_text()):
         pytest.skip(f"a small vocabulary without {name}")
     tokenizer = load_tokenizer(path, eos_token=name)
-    texts = [symbol, f"a{symbol}b", f"a {symbol} b", f"{symbol}{symbol}\n{symbol}", symbol[:-1] + symbol, "</s><pad><s> stop the and", *TEXTS]
-    for text in texts:
+    around = [symbol, f"a{symbol}b", f"a {symbol} b", f"{symbol}{symbol}\n{symbol}", symbol[:-1] + symbol]
+    for text in [*around, "</s><pad><s> stop the and", *TEXTS]:
         ids = tokenizer.encode(text)
         assert {tokenizer.eos_id, tokenizer.pad_id}.isdisjoint(ids)
         assert tokenizer.decode(ids).split() == text.split()  # some kinds make runs of whitespace one space
@@ -211,7 +212,7 @@ def test_a_damaged_or_odd_configuration_beside_the_tokenizer_is_named(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     config.write_bytes(b'\xef\xbb\xbf{"eos_token": "<stop>"}')
     assert load_tokenizer(tmp_path).eos_id == 0
-    for content, message in ((b"[]", "holds list, not dict"), (b'{"eos', "not whole JSON"), (b"", "not whole JSON"), (b"\xff", "not whole")):
+    for content, message in ((b"[]", "holds list, not dict"), (b'{"eos', "not whole JSON"), (b"", "not whole JSON"), (b"\xff", "whole")):
         config.write_bytes(content)
         with pytest.raises(ValueError, match=f"tokenizer_config.json.*{message}"):
             load_tokenizer(tmp_path)
