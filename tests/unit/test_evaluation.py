@@ -1,5 +1,6 @@
 """Evaluations, with models that are tables: what is counted, and how it is divided."""
 
+import dataclasses
 import itertools
 import math
 
@@ -60,7 +61,7 @@ class Fixed:
 
 
 def test_rankings_are_counted_by_prompt_and_by_pair():
-    ranks, prompt_index = torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    ranks, prompt_index = torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 1, 1, 2, 2])  # the second prompt ties
     batch = RankingBatch(tokens=torch.zeros(7, 2).long(), lengths=torch.full((7,), 2), ranks=ranks, prompt_index=prompt_index)
     metrics, scores = ranking_metrics(Table(1), batch), Table(1).scores(batch)
     losses, right = [], []
@@ -69,8 +70,10 @@ def test_rankings_are_counted_by_prompt_and_by_pair():
         gaps = [float(scores[i] - scores[j]) for i, j in itertools.permutations(rows, 2) if ranks[i] < ranks[j]]
         losses.append(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps) if gaps else 0.0)
         right += [gap > 0 for gap in gaps]
-    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 3, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
+    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
     assert len(right) == 4
+    tied = dataclasses.replace(batch, ranks=torch.ones(7).long())
+    assert ranking_metrics(Table(1), tied) == {}
 
 
 def test_text_loss_is_the_mean_over_what_counts():
