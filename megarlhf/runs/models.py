@@ -22,6 +22,7 @@ from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.agreement import refuse_together
 from megarlhf.runs.folder import find_checkpoint
+from megarlhf.runs.row_lengths import RowLength
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class ModelPlanner:
         self.notes: list[str] = []
         """A line for every model that was planned."""
 
-    def plan(self, role: str, config: ModelConfig, head: Head, *, context: int) -> ModelPlan | None:
-        """The plan of a model that must hold rows of `context` tokens; None when it cannot be made (see `check`)."""
+    def plan(self, role: str, config: ModelConfig, head: Head, *, rows: Sequence[RowLength]) -> ModelPlan | None:
+        """The plan of a model that must hold `rows` (see runs/row_lengths.py); None when it cannot be made (see `check`)."""
         try:
             path, saved_model, average = self._source(config)
             architecture = self._architecture(config, path, saved_model)
@@ -81,11 +82,12 @@ class ModelPlanner:
                 f"{role}: its vocabulary has {architecture.vocab_size} ids, the tokenizer's {self.tokenizer.vocab_size}: "
                 "models and tokenizer must be the ones that were trained together"
             )
-        if architecture.max_seq_len < context:
-            self.violations.append(
-                f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {context} that the run needs "
-                "(prompt plus response, or packed row)"
-            )
+        for longest in (row.on(multiple=layout.tp if layout.sequence_parallel else 1) for row in rows):
+            if architecture.max_seq_len < longest.tokens:
+                self.violations.append(
+                    f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {longest.tokens} that the run needs "
+                    f"({longest.keys}); lower them, or take a model with a longer context"
+                )
         if path is not None:
             self._check_head(role, config, head, read_state(path).models[saved_model]["head"], path)
         plan = ModelPlan(role, config, architecture, head, layout, path, saved_model, average)

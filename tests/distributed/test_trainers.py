@@ -310,7 +310,7 @@ def check_loading(folder, runs):
     text = ["prompts=null", "demonstrations=null", "reward=null", "reference=null"]
     for name, how in {"average": [], "newest": ["model.load_average=false"]}.items():
         run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / name}", *text, *how])
-    rankings = ["text=null", f"rankings={folder}/rankings.jsonl", *text, "model.load_model=value"]
+    rankings = ["text=null", f"rankings={folder}/rankings_valid.jsonl", *text, "model.load_model=value"]
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'value'}", *rankings])
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'reward'}", *rankings[:-1], f"model.load={folder}/runs/reward"])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from megarlhf.batch import Prompts, RankingBatch, Rollouts, TextBatch
 from megarlhf.config.sections import HeldOutTextConfig, SamplingConfig
+from megarlhf.data.tokenized import PromptRow
 from megarlhf.evaluation.rankings import ranking_metrics
-from megarlhf.evaluation.responses import Judged, ResponseJudge, response_records
+from megarlhf.evaluation.responses import Judged, ResponseJudge, response_lines, response_records
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import win_rate
 
@@ -127,6 +129,37 @@ def test_responses_as_text():
         {"prompt": "d", "response": "efgh", "finished": False, "reward": -2.0},
         {"prompt": "aa", "response": "", "finished": True, "reward": 0.5},
     ]
+
+
+class Counting(Letters):
+    """Counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids):
+        self.decoded += 1
+        return super().decode(ids)
+
+
+def test_only_the_responses_that_are_kept_are_decoded():
+    tokenizer = Counting()
+    assert [record["prompt"] for record in response_records(rollouts(), tokenizer, first=2)] == ["ab", "d"]
+    assert tokenizer.decoded == 4 and len(response_records(rollouts(), tokenizer, first=9)) == 3
+
+
+def test_what_a_prompt_says_besides_stands_beside_its_answer():
+    fields = [
+        {"id": 7, "topic": ["x"]},
+        {"response": "given", "reward": None, "finished": 1},
+        {"kl": 1, "input_kl": 2, "input_input_kl": 3},
+    ]
+    judged = Judged(rollouts(), torch.tensor([1.0, -2.0, 0.5]), None)
+    prompts = [PromptRow([], f"f:{i}", more) for i, more in enumerate(fields)]
+    records = [json.loads(line) for line in response_lines(judged, Letters(), prompts).splitlines()]
+    plain = response_records(rollouts(), Letters(), reward=judged.scores)
+    assert records[0] == plain[0] | {"id": 7, "topic": ["x"]}
+    assert records[1] == plain[1] | {"input_response": "given", "input_reward": None, "input_finished": 1}
+    assert records[2] == plain[2] | {"input_kl": 2, "input_input_kl": 3, "input_input_input_kl": 1}
 
 
 def test_win_rate_is_a_wilson_interval():
