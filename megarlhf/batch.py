@@ -120,17 +120,3 @@ def pad_rows(rows: list[list[int]], *, pad_id: int, width: int | None = None) ->
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return tokens, lengths
-
-
-def stack(first: TextBatch, second: TextBatch, *, pad_id: int) -> TextBatch:
-    """The rows of both batches, one after the other, padded to the wider."""
-    width = max(first.tokens.shape[1], second.tokens.shape[1])
-
-    def widened(values: Tensor, to: int, fill: int | bool) -> Tensor:
-        return torch.nn.functional.pad(values, (0, to - values.shape[1]), value=fill)
-
-    return TextBatch(
-        tokens=torch.cat([widened(batch.tokens, width, pad_id) for batch in (first, second)]),
-        lengths=torch.cat([first.lengths, second.lengths]),
-        loss_mask=torch.cat([widened(batch.loss_mask, width - 1, False) for batch in (first, second)]),
-    )

@@ -97,7 +97,7 @@ def _stage(name: str) -> Callable[..., dict[str, float]]:
     elif name == "ppo":
         from megarlhf.trainers.ppo import ppo as stage
     elif name == "generate":
-        from megarlhf.trainers.judge import generate_responses as stage
+        from megarlhf.trainers.generate import generate_responses as stage
     else:
-        from megarlhf.trainers.judge import evaluate as stage
+        from megarlhf.trainers.evaluate import evaluate as stage
     return stage

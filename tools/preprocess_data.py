@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.records import BadRecord, RecordTally, json_record, lines, text_field
+from megarlhf.data.tokenized import TextEncoder, TextLoss, encode_text
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_SIZE = 4096  # documents in memory at once
@@ -37,12 +38,13 @@ class Encoder:
         cls.tokenizer = load_tokenizer(path, eos_token=eos_token)
 
     @classmethod
-    def encode(cls, item: tuple[str, bytes, str | None]) -> array | BadRecord:
-        """Token ids (array "i") of (source, bytes, json key or None for plain text)."""
+    def encode(cls, item: tuple[str, bytes, str | None]) -> tuple[str, array, TextLoss] | BadRecord:
+        """(source, token ids, what was lost of the text) of (source, bytes, json key or None for plain text)."""
         source, content, json_key = item
         try:
             record = json_record(source, content) if json_key is not None else {"text": plain_text(source, content)}
-            return array("i", cls.tokenizer.encode(text_field(source, record, json_key or "text")))
+            ids, loss = encode_text(cls.tokenizer, source, "document", text_field(source, record, json_key or "text"))
+            return source, array("i", ids), loss
         except BadRecord as bad:
             return bad
 
@@ -56,12 +58,13 @@ def main() -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token)
         tally = RecordTally(", ".join(args.input), on_bad_record=args.on_bad_record)
-        documents = with_progress(encoded_documents(args, tally))
+        texts = TextEncoder(tokenizer)
+        documents = with_progress(encoded_documents(args, tally, texts))
         num_documents, num_tokens = write_corpus(args.output_prefix, documents, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     report = tally.report()
-    print(report, *report.examples, sep="\n  ")
+    print(report, *report.examples, *filter(None, [texts.lost()]), sep="\n  ")
     print(f"{args.output_prefix}.bin, .idx: {num_documents} documents, {num_tokens} tokens, EOS included")
 
 
@@ -79,20 +82,22 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def encoded_documents(args: argparse.Namespace, tally: RecordTally) -> Iterator[array]:
-    """The documents as token ids, in the order of the input. Raises BadRecord."""
+def encoded_documents(args: argparse.Namespace, tally: RecordTally, texts: TextEncoder) -> Iterator[array]:
+    """The documents as token ids, in the order of the input; `texts` counts what is lost of them. Raises BadRecord."""
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     items = contents(args.input, args.json_key)
     with ProcessPoolExecutor(args.workers, initializer=Encoder.start, initargs=(args.tokenizer, args.eos_token)) as pool:
         # Batch by batch, because a pool reads all of its input ahead, and a corpus does not fit in memory.
         while batch := list(islice(items, BATCH_SIZE)):
-            for tokens in pool.map(Encoder.encode, batch, chunksize=16):
-                if isinstance(tokens, BadRecord):
-                    tally.skip(tokens)
-                else:
-                    tally.keep()
-                    yield tokens
+            for encoded in pool.map(Encoder.encode, batch, chunksize=16):
+                if isinstance(encoded, BadRecord):
+                    tally.skip(encoded)
+                    continue
+                source, tokens, loss = encoded
+                tally.keep()
+                texts.count(source, "document", loss)
+                yield tokens
     tally.report()  # refuses an input of which nothing is left
 
 
@@ -125,7 +130,7 @@ def contents(paths: Iterable[str], json_key: str) -> Iterator[tuple[str, bytes, 
 def plain_text(source: str, content: bytes) -> str:
     """The text of a .txt file. Raises BadRecord with the line of a byte that is not UTF-8."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise BadRecord(f"{source}:{line}", "invalid UTF-8", f"byte {error.start} of the file", "Save the file as UTF-8.") from error

@@ -23,7 +23,8 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Stats]:
     """Sum over prompts of the mean over their comparisons of -log sigmoid(r_w - r_l).
 
-    Each prompt weighs the same: 1 / (its comparisons without ties); one whose completions all tie adds exactly 0.
+    Each prompt weighs the same: 1 / (its comparisons without ties); one whose completions all tie adds exactly 0, and is
+    not counted by `count_prompts`.
 
     Args: scores [n] float; ranks [n] int64, 1 best; prompt_index [n] int64.
     Returns: (sum over prompts, {"accuracy" (comparisons whose winner scores higher), "score_gap" (r_w - r_l)}).
@@ -38,6 +39,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[T
     return loss.sum(), {"accuracy": ((gap > 0).sum(), count), "score_gap": (gap.detach().sum(), count)}
 
 
-def count_prompts(prompt_index: Tensor) -> int:
-    """The loss's divisor: distinct prompts, those whose completions all tie included."""
-    return len(prompt_index.unique())
+def count_prompts(ranks: Tensor, prompt_index: Tensor) -> int:
+    """The loss's divisor: distinct prompts that have a comparison, that is, whose completions do not all tie; both [n] int64."""
+    table = completions_by_prompt(prompt_index)
+    first = ranks[table[:, :1]]
+    return int(((table >= 0) & (ranks[table] != first)).any(dim=1).sum())

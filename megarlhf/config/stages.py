@@ -103,7 +103,9 @@ class SftConfig(StageConfig):
     dropout: float = 0.2
     """Residual dropout (C.1)."""
     pretraining_mix: float = 0.0
-    """Share of pretraining rows in each batch: 0.1 for the model that PPO starts from (C.3)."""
+    """Share of pretraining text in the loss, by tokens: 0.1 for the model that PPO starts from (C.3: "10 % pretraining data"; mixes
+    are shares of full rows of equal length, so of tokens, in Brown et al. 2020, Table 2.2). Rows of it come on top of batch_size:
+    that share of it, one at least; whatever their number, their tokens together weigh this much."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate's schedule: cosine to 10 %, no warm-up (C.1)."""
     select_by: Literal["last", "valid_loss", "reward"] = "last"
@@ -121,10 +123,6 @@ class SftConfig(StageConfig):
             found.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.pretraining_mix < 1:
             found.append(f"pretraining_mix must be in [0, 1), got {self.pretraining_mix}")
-        mixed = round(self.pretraining_mix * self.batch_size)
-        if 0 < self.pretraining_mix < 1 and not 0 < mixed < self.batch_size:
-            share = f"pretraining_mix {self.pretraining_mix} of batch_size {self.batch_size}"
-            found.append(f"{share} is {mixed} rows; both kinds of rows need one at least")
         if self.pretraining_mix and self.data.pretraining is None:
             found.append(f"pretraining_mix {self.pretraining_mix} needs data.pretraining")
         if self.select_by != "last" and self.data.valid is None:
@@ -312,7 +310,7 @@ class EvaluateConfig(StageConfig):
     model: ModelConfig
     """The model to evaluate: a language model, or a reward model."""
     reward: ModelConfig | None = None
-    """A reward model that scores the language model's responses to `prompts`."""
+    """A reward model that scores the language model's responses to `prompts`, and is judged by `rankings`."""
     reference: ModelConfig | None = None
     """A language model against which the KL of the responses is taken."""
     prompts: str | None = None
@@ -320,7 +318,7 @@ class EvaluateConfig(StageConfig):
     demonstrations: str | None = None
     """JSONL of {"prompt", "response"}: loss on the responses."""
     rankings: str | None = None
-    """JSONL of rankings: a reward model's accuracy."""
+    """JSONL of rankings: the accuracy of `reward`, or of `model` where that is a reward model."""
     text: HeldOutTextConfig | None = None
     """Packed text: language-model loss."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -333,8 +331,10 @@ class EvaluateConfig(StageConfig):
         found = []
         if all(data is None for data in (self.prompts, self.demonstrations, self.rankings, self.text)):
             found.append("prompts, demonstrations, rankings or text must be given: there is nothing to evaluate on")
-        if (self.reward or self.reference) and self.prompts is None:
-            found.append("reward and reference judge responses: they need prompts")
+        if self.reference and self.prompts is None:
+            found.append("reference judges responses: it needs prompts")
+        if self.reward and self.prompts is None and self.rankings is None:
+            found.append("reward judges responses or rankings: it needs prompts or rankings")
         return found
 
 

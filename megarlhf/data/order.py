@@ -40,6 +40,10 @@ class ShuffledOrder:
             self._num_taken += len(part)
         return taken
 
+    def take_batch(self, n: int) -> list[int]:
+        """The next `n` items of this epoch, or those that it has left where they are fewer: a batch is never of two epochs."""
+        return self.take(min(n, self.num_items - self._num_taken % self.num_items))
+
     def state_dict(self) -> dict[str, int]:
         """The cursor, and what it is a cursor into."""
         return {"num_items": self.num_items, "seed": self.seed, "num_taken": self._num_taken}

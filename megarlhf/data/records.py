@@ -6,15 +6,18 @@ Nothing is dropped in silence: a bad record raises `BadRecord` with its file, li
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 OnBadRecord = Literal["raise", "skip"]
 NUM_EXAMPLES = 5
+LARGEST_RANK = 2**63 - 1  # ranks are compared as int64
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -40,6 +43,8 @@ class RecordReport:
     skipped_by_reason: Mapping[str, int]
     examples: tuple[str, ...]
     """The messages of the first skipped records."""
+    lost: str = ""
+    """What the tokenizer loses of the records' text, with numbers and an example; empty where it loses nothing."""
 
     @property
     def num_skipped(self) -> int:
@@ -82,12 +87,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer, with the identifier its file gives it, if any."""
+    """A prompt to answer, with whatever else its record says."""
 
     prompt: str
     source: str
     """"file:line"."""
-    id: str | int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The record's other fields, such as "id": they stand beside the response."""
 
 
 def read_demonstrations(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Demonstration], RecordReport]:
@@ -104,11 +110,16 @@ def read_rankings(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> 
 
     def convert(source: str, record: dict) -> Ranking:
         prompt = text_field(source, record, "prompt")
+        if record.keys() & {"responses", "ranks"} and record.keys() & {"chosen", "rejected"}:
+            raise BadRecord(source, "two rankings in one", "responses with ranks, and a pair", "Make two records of it.")
         if "responses" in record or "ranks" in record:
             responses = _responses_field(source, record)
-            return Ranking(prompt, responses, _ranks_field(source, record, num_responses=len(responses)), source)
+            ranks = _ranks_field(source, record, num_responses=len(responses))
+            require_one_rank_each(source, responses, ranks)
+            return Ranking(prompt, responses, ranks, source)
         if "chosen" in record or "rejected" in record:
             pair = (text_field(source, record, "chosen"), text_field(source, record, "rejected"))
+            require_one_rank_each(source, pair, (1, 2))
             return Ranking(prompt, pair, (1, 2), source)
         raise BadRecord(source, "missing field", "no completions", 'Add "responses" and "ranks", or "chosen" and "rejected".')
 
@@ -116,33 +127,41 @@ def read_rankings(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> 
 
 
 def read_prompts(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Prompt], RecordReport]:
-    """Read ``{"prompt"}`` lines, with an optional string or integer ``"id"``. Raises BadRecord."""
+    """Read ``{"prompt"}`` lines, with an optional string or integer ``"id"`` and any other fields. Raises BadRecord."""
 
     def convert(source: str, record: dict) -> Prompt:
         prompt, prompt_id = text_field(source, record, "prompt"), record.get("id")
         if prompt_id is not None and (isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int)):
             raise BadRecord(source, "wrong type", f'"id" is {_kind(prompt_id)}', "Make it a string or an integer, or leave it out.")
-        return Prompt(prompt, source, prompt_id)
+        return Prompt(prompt, source, {name: value for name, value in record.items() if name != "prompt"})
 
     return _read(path, convert, on_bad_record)
 
 
 def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file as ("file:line", bytes); blank ones hold no record and are passed over. Raises BadRecord without a file."""
+    """The lines of a file as ("file:line", bytes), without byte order marks; blank ones hold no record and are passed over.
+
+    Raises BadRecord where there is no file or it cannot be read.
+    """
     if not Path(path).is_file():
-        raise BadRecord(
-            str(path), "missing file", "there is no such file", "Check the path; a relative one starts at the working directory."
-        )
-    with open(path, "rb") as file:  # bytes, because a text file that is not UTF-8 would fail without its line number
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line
+        way_out = "Check the path; a relative one starts at the working directory."
+        raise BadRecord(str(path) or "''", "missing file", "there is no such file", way_out)
+    try:
+        with open(path, "rb") as file:  # bytes, because a text file that is not UTF-8 would fail without its line number
+            for number, line in enumerate(file, start=1):
+                content = line.removeprefix(codecs.BOM_UTF8)  # of any line: files that were joined have some inside
+                if content.strip():
+                    yield f"{path}:{number}", content
+    except OSError as error:
+        raise BadRecord(str(path), "unreadable file", error.strerror or str(error), "Check its permissions and its disk.") from error
 
 
 def json_record(source: str, line: bytes) -> dict:
-    """One line as a JSON object. Raises BadRecord."""
+    """One line as a JSON object, in which no key comes twice and every number is finite. Raises BadRecord."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
     except UnicodeDecodeError as error:
         raise BadRecord(source, "invalid UTF-8", f"byte {error.start} of the line", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
@@ -150,6 +169,34 @@ def json_record(source: str, line: bytes) -> dict:
     if not isinstance(record, dict):
         raise BadRecord(source, "not an object", f"the line is {_kind(record)}", 'Write an object per line: {"prompt": ...}.')
     return record
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f'"{twice}" comes twice in one object')
+    return record
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits} is beyond the largest number")
+    return value
+
+
+def require_one_rank_each(source: str, responses: Iterable[object], ranks: Iterable[int]) -> None:
+    """Raise BadRecord where two responses are the same and their ranks are not."""
+    seen: dict[object, tuple[int, int]] = {}
+    for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
+        first, its_rank = seen.setdefault(response, (i, rank))
+        if its_rank != rank:
+            detail = f"responses {first} and {i} are one text, ranked {its_rank} and {rank}"
+            raise BadRecord(source, "a response better than itself", detail, "Give them one rank, or leave one of them out.")
 
 
 def text_field(source: str, record: dict, name: str) -> str:
@@ -248,10 +295,10 @@ def _ranks_field(source: str, record: dict, *, num_responses: int) -> tuple[int,
     if len(ranks) != num_responses:
         raise BadRecord(source, "wrong number of ranks", f"{len(ranks)} for {num_responses} responses", "Give each response its rank.")
     for i, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise BadRecord(
-                source, "bad rank", f'"ranks"[{i}] is {json.dumps(rank)}', "Ranks are integers from 1 (best) up; ties are equal."
-            )
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
+            said = json.dumps(rank)
+            shown = said if len(said) < 40 else f"{said[:20]}... ({len(said)} characters)"
+            raise BadRecord(source, "bad rank", f'"ranks"[{i}] is {shown}', "Ranks are integers from 1 (best) up; ties are equal.")
     return tuple(ranks)
 
 

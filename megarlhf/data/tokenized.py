@@ -2,18 +2,28 @@
 
 A prompt and its response are encoded apart, as generation sees them: the response starts at a token of its own. A
 response ends with EOS, and one that does not fit with its EOS is a bad record: training on a cut response would teach
-the model to stop, or to go on, where its author did not.
+the model to stop, or to go on, where its author did not. What a tokenizer loses of the texts is counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from megarlhf.data.records import BadRecord, Demonstration, OnBadRecord, Prompt, Ranking, RecordReport, sift
-from megarlhf.data.tokenizers import Tokenizer
+from megarlhf.data.records import (
+    BadRecord,
+    Demonstration,
+    OnBadRecord,
+    Prompt,
+    Ranking,
+    RecordReport,
+    require_one_rank_each,
+    sift,
+)
+from megarlhf.data.tokenizers import Tokenizer, UnwritableText
 
 TokenIds = array  # array("i"): 4 bytes per token, where a list of Python integers takes 36
 T = TypeVar("T", Demonstration, Ranking, Prompt)
@@ -47,7 +57,82 @@ class PromptRow:
 
     prompt_ids: TokenIds
     source: str
-    id: str | int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The record's other fields, such as "id"."""
+
+
+Row = DemonstrationRow | RankingRow | PromptRow
+
+
+def rows_fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the token ids (and ranks) of rows in their order: the same for what trains the same."""
+    whole = hashlib.sha256()
+    for row in rows:
+        responses = () if isinstance(row, PromptRow) else row.response_ids if isinstance(row, RankingRow) else (row.response_ids,)
+        for ids in (row.prompt_ids, *responses):
+            whole.update(f"{len(ids)} ".encode() + array("i", ids).tobytes())
+        whole.update(f"{row.ranks if isinstance(row, RankingRow) else ()}".encode())
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """What a tokenizer loses of one text."""
+
+    num_unknown: int
+    """Tokens that stand for text it does not know."""
+    change: str
+    """The first place where the text does not come back as it was, before and after; empty where it does."""
+
+
+class TextEncoder:
+    """Encodes the texts of records, and counts what the tokenizer loses of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._num_texts = self._num_changed = self._num_unknown = self._num_with_unknown = 0
+        self._example = ""
+
+    def encode(self, source: str, what: str, text: str) -> list[int]:
+        """The ids of a text, one at least. Raises BadRecord."""
+        ids, loss = encode_text(self.tokenizer, source, what, text)
+        self.count(source, what, loss)
+        return ids
+
+    def count(self, source: str, what: str, loss: TextLoss) -> None:
+        """Count what was lost of a text that was encoded elsewhere."""
+        self._num_texts += 1
+        self._num_unknown += loss.num_unknown
+        self._num_with_unknown += loss.num_unknown > 0
+        self._num_changed += loss.change != ""
+        self._example = self._example or (f"{source}, {what}: {loss.change}" if loss.change else "")
+
+    def lost(self) -> str:
+        """All that was lost so far in a sentence, with its first example; empty where nothing was."""
+        found = []
+        if self._num_unknown:
+            found.append(f"{self._num_unknown} tokens for unknown text in {self._num_with_unknown} of {self._num_texts} texts")
+        if self._num_changed:
+            found.append(f"{self._num_changed} of {self._num_texts} texts do not come back as they were")
+        return f"the tokenizer loses text: {'; '.join(found)}{self._example and f' (the first: {self._example})'}" if found else ""
+
+
+def encode_text(tokenizer: Tokenizer, source: str, what: str, text: str) -> tuple[list[int], TextLoss]:
+    """The ids of a text, one at least, and what was lost of it. Raises BadRecord."""
+    try:
+        ids = tokenizer.encode(text)
+    except UnwritableText as error:
+        raise BadRecord(source, "unwritable text", f"{what}: {error}", "Take another tokenizer or eos_token, or remove it.") from error
+    if not ids:
+        raise BadRecord(source, "empty after tokenization", f"the tokenizer gives no token for {what}", "Write some text or remove it.")
+    back = tokenizer.decode(ids)
+    return ids, TextLoss(sum(i == tokenizer.unk_id for i in ids), "" if back == text else _first_change(text, back))
+
+
+def _first_change(before: str, after: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    window = slice(max(0, at - 8), at + 16)
+    return f"{before[window]!a} becomes {after[window]!a}"
 
 
 def demonstration_rows(
@@ -60,14 +145,14 @@ def demonstration_rows(
 ) -> tuple[list[DemonstrationRow], RecordReport]:
     """Encode demonstrations; `max_response_len` counts the EOS. Raises BadRecord."""
 
-    def convert(record: Demonstration) -> DemonstrationRow:
+    def convert(record: Demonstration, encoder: TextEncoder) -> DemonstrationRow:
         return DemonstrationRow(
-            _prompt_ids(record, tokenizer, max_prompt_len),
-            _response_ids(record.source, "response", record.response, tokenizer, max_response_len),
+            _prompt_ids(record, encoder, max_prompt_len),
+            _response_ids(record.source, "response", record.response, encoder, max_response_len),
             record.source,
         )
 
-    return _rows(records, convert, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record)
 
 
 def ranking_rows(
@@ -80,15 +165,16 @@ def ranking_rows(
 ) -> tuple[list[RankingRow], RecordReport]:
     """Encode rankings; one completion out of limits makes its whole ranking bad. Raises BadRecord."""
 
-    def convert(record: Ranking) -> RankingRow:
-        prompt_ids = _prompt_ids(record, tokenizer, max_prompt_len)
+    def convert(record: Ranking, encoder: TextEncoder) -> RankingRow:
+        prompt_ids = _prompt_ids(record, encoder, max_prompt_len)
         response_ids = tuple(
-            _response_ids(record.source, f"response {i}", response, tokenizer, max_response_len)
+            _response_ids(record.source, f"response {i}", response, encoder, max_response_len)
             for i, response in enumerate(record.responses)
         )
+        require_one_rank_each(record.source, map(tuple, response_ids), record.ranks)  # texts may differ where their tokens do not
         return RankingRow(prompt_ids, response_ids, record.ranks, record.source)
 
-    return _rows(records, convert, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record)
 
 
 def prompt_rows(
@@ -96,21 +182,25 @@ def prompt_rows(
 ) -> tuple[list[PromptRow], RecordReport]:
     """Encode prompts. Raises BadRecord."""
 
-    def convert(record: Prompt) -> PromptRow:
-        return PromptRow(_prompt_ids(record, tokenizer, max_prompt_len), record.source, record.id)
+    def convert(record: Prompt, encoder: TextEncoder) -> PromptRow:
+        return PromptRow(_prompt_ids(record, encoder, max_prompt_len), record.source, record.fields)
 
-    return _rows(records, convert, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record)
 
 
-def _rows(records: Sequence[T], convert: Callable[[T], R], on_bad_record: OnBadRecord) -> tuple[list[R], RecordReport]:
+def _rows(
+    records: Sequence[T], convert: Callable[[T, TextEncoder], R], tokenizer: Tokenizer, on_bad_record: OnBadRecord
+) -> tuple[list[R], RecordReport]:
     # The rows come from the files of the records: "a.jsonl:12" is line 12 of a.jsonl.
     files = dict.fromkeys(record.source.rpartition(":")[0] for record in records)
-    return sift(", ".join(files) or "the records", records, convert, on_bad_record=on_bad_record)
+    encoder = TextEncoder(tokenizer)
+    source = ", ".join(files) or "the records"
+    rows, report = sift(source, records, lambda record: convert(record, encoder), on_bad_record=on_bad_record)
+    return rows, replace(report, lost=encoder.lost())
 
 
-def _prompt_ids(record: Demonstration | Ranking | Prompt, tokenizer: Tokenizer, max_prompt_len: int) -> TokenIds:
-    ids = tokenizer.encode(record.prompt)
-    _require_tokens(record.source, "prompt", ids)
+def _prompt_ids(record: Demonstration | Ranking | Prompt, encoder: TextEncoder, max_prompt_len: int) -> TokenIds:
+    ids = encoder.encode(record.source, "prompt", record.prompt)
     if len(ids) > max_prompt_len:
         raise BadRecord(
             record.source,
@@ -121,9 +211,8 @@ def _prompt_ids(record: Demonstration | Ranking | Prompt, tokenizer: Tokenizer, 
     return array("i", ids)
 
 
-def _response_ids(source: str, what: str, text: str, tokenizer: Tokenizer, max_response_len: int) -> TokenIds:
-    ids = tokenizer.encode(text)
-    _require_tokens(source, what, ids)
+def _response_ids(source: str, what: str, text: str, encoder: TextEncoder, max_response_len: int) -> TokenIds:
+    ids = encoder.encode(source, what, text)
     if len(ids) + 1 > max_response_len:
         raise BadRecord(
             source,
@@ -131,9 +220,4 @@ def _response_ids(source: str, what: str, text: str, tokenizer: Tokenizer, max_r
             f"{what} has {len(ids)} tokens + EOS, more than max_response_len {max_response_len}",
             "Shorten it, raise max_response_len, or skip such records.",
         )
-    return array("i", [*ids, tokenizer.eos_id])
-
-
-def _require_tokens(source: str, what: str, ids: list[int]) -> None:
-    if not ids:
-        raise BadRecord(source, "empty after tokenization", f"the tokenizer gives no token for {what}", "Write some text or remove it.")
+    return array("i", [*ids, encoder.tokenizer.eos_id])

@@ -1,22 +1,34 @@
 """Text to token ids and back: sentencepiece, Hugging Face `tokenizer.json`, and GPT-2's `vocab.json` + `merges.txt`.
 
-All of them encode text as text: the name of a special token inside a document ("<|endoftext|>") becomes ordinary
-tokens, never the special one, so that no text can end a response or bring its own padding.
+All of them encode text as text: the name of a control token inside a document ("<|endoftext|>") becomes ordinary
+tokens, never the control token, whatever the tokenizer's file says of it. So no text can end a response or bring its own
+padding; the rare text that a model has no other tokens for is refused (`UnwritableText`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
 
+from megarlhf.data.control_pieces import huggingface_without, sentencepiece_without
+from megarlhf.storage.files import read_json
+
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
+
+
+CONFIGURED_NAMES = ("eos_token", "pad_token", "bos_token")
+"""What a `tokenizer_config.json` may name; no text may yield any of them."""
+
+
+class UnwritableText(ValueError):
+    """A text for which a tokenizer has nothing but a control token."""
 
 
 class Tokenizer(Protocol):
@@ -25,21 +37,25 @@ class Tokenizer(Protocol):
     vocab_size: int
     """The largest id + 1."""
     eos_id: int
-    """Ends a response and a document."""
+    """Ends a response and a document; no text yields it."""
     pad_id: int
     """Fills rows on the right; a valid id, never `eos_id`.
 
-    The pad piece of the model, or else some other id. Which one cannot matter: rows carry their lengths, causal
-    attention never looks from a real token to the padding on its right, and the loss masks it. Only EOS would be wrong,
-    where somebody looks for the end of a response by value.
+    The pad piece of the model, or else another control piece, or else the piece of a byte that UTF-8 never has: an id that
+    no text yields. Where a model has none of them it is some other id. Even that cannot matter: rows carry their lengths,
+    causal attention never looks from a real token to the padding on its right, and the loss masks it.
     """
+    unk_id: int | None
+    """Stands for text that the model has no piece for; None where it has one for every text, or drops what it has none for."""
+    fingerprint: str
+    """A hash of the model's files and of `eos_id` and `pad_id`: of all that decides how text is encoded."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, dropping EOS and the pad piece (an ordinary id that stands in for a missing one is text)."""
+        """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text)."""
         ...
 
 
@@ -59,9 +75,9 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
         merges = file.with_name(file.name.removesuffix("vocab.json") + "merges.txt")
         if not merges.is_file():
             raise ValueError(f"{file} needs {merges.name} beside it; copy it there")
-        return HuggingFaceTokenizer(_read(file, lambda: _byte_level_bpe(file, merges)), file, eos_token=eos_token)
+        return HuggingFaceTokenizer(_read(file, lambda: _byte_level_bpe(file, merges)), [file, merges], eos_token=eos_token)
     if file.suffix == ".json":
-        return HuggingFaceTokenizer(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file))), file, eos_token=eos_token)
+        return HuggingFaceTokenizer(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file))), [file], eos_token=eos_token)
     return SentencePieceTokenizer(file, eos_token=eos_token)
 
 
@@ -73,55 +89,72 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: Path, *, eos_token: str | None = None):
-        self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_file=str(path)))
-        self.vocab_size = self._model.get_piece_size()
-        pieces = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
-        self.eos_id = self._model.eos_id() if eos_token is None else pieces.get(eos_token, -1)
+        content = path.read_bytes()
+        model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=content))
+        self.vocab_size = model.get_piece_size()
+        pieces = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+        named = _named(path, pieces, eos_token)
+        self.eos_id = named.get("eos_token", model.eos_id())
         if self.eos_id < 0:
-            raise ValueError(_no_eos(path, eos_token))
-        pad_id = self._model.pad_id()
-        self._dropped = {self.eos_id, pad_id}
-        self.pad_id = _pad_or_other(None if pad_id < 0 else pad_id, self.eos_id)
+            raise ValueError(_no_eos(path))
+        self.unk_id = model.unk_id()
+        if self.eos_id == self.unk_id:
+            raise ValueError(f"{path}: its EOS stands for unknown text too, which would end responses; name another with eos_token=")
+        pad_id = named.get("pad_token", model.pad_id())
+        controls = {self.eos_id, *named.values(), *(i for i in range(self.vocab_size) if model.is_control(i))} - {self.unk_id}
+        impossible = pieces.get("<0xFF>")  # a byte piece already matches no text
+        self.pad_id = _pad_or_other(pad_id, self.eos_id, controls, impossible)
+        self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
+        self._controls = controls | ({impossible} & {self.pad_id})
+        rewritten = _read(path, lambda: sentencepiece_without(content, controls))
+        self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
 
     fingerprint = "x"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        return self._model.encode(text)
+        """Token ids of `text`, none of them a control token. Raises UnwritableText."""
+        return _writable(self._model.encode(text), self._controls)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, dropping EOS and the pad piece."""
-        return self._model.decode([int(i) for i in ids if i not in self._dropped])
+        """The text of `ids`, without the control tokens among them."""
+        return self._model.decode([int(i) for i in ids if i not in self._controls])
 
 
 class HuggingFaceTokenizer:
     """A tokenizer of the `tokenizers` package: any ``tokenizer.json``, and GPT-2's byte-level BPE."""
 
-    def __init__(self, model: tokenizers.Tokenizer, path: Path, *, eos_token: str | None = None):
+    def __init__(self, model: tokenizers.Tokenizer, files: Sequence[Path], *, eos_token: str | None = None):
+        path = files[0]
         model.no_truncation()  # a file may carry a limit, which would cut texts in silence
         model.no_padding()
-        model.encode_special_tokens = True  # special names inside a text are text
-        self._model = model
         vocab = model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
-        names = (eos_token,) if eos_token is not None else (_configured_eos(path), *EOS_NAMES)
-        found = [vocab[name] for name in names if name in vocab]
-        if not found:
-            raise ValueError(_no_eos(path, eos_token))
-        self.eos_id = found[0]
-        pads = [vocab[name] for name in PAD_NAMES if name in vocab and vocab[name] != self.eos_id]
-        self._dropped = {self.eos_id, *pads[:1]}
-        self.pad_id = _pad_or_other(pads[0] if pads else None, self.eos_id)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        named = _named(path, vocab, eos_token)
+        usual = [vocab[name] for name in EOS_NAMES if name in vocab]
+        if "eos_token" not in named and not usual:
+            raise ValueError(_no_eos(path))
+        self.eos_id = named["eos_token"] if "eos_token" in named else usual[0]
+        self.unk_id = vocab.get(getattr(model.model, "unk_token", None))
+        special = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
+        controls = (special | set(named.values()) | {vocab[name] for name in PAD_NAMES if name in vocab}) - {self.unk_id}
+        pads = [named.get("pad_token"), *(vocab.get(name) for name in PAD_NAMES)]
+        pad_id = next((i for i in pads if i not in (None, self.eos_id)), -1)
+        byte_level = isinstance(model.decoder, tokenizers.decoders.ByteLevel)
+        impossible = vocab.get("\u00ff" if byte_level else "<0xFF>")  # the byte FF, as the model writes it
+        self.pad_id = _pad_or_other(pad_id, self.eos_id, controls, impossible)
+        self.fingerprint = _fingerprint([file.read_bytes() for file in files], self.eos_id, self.pad_id)
+        self._controls = controls | {self.eos_id} | ({impossible} & {self.pad_id})
+        self._model = _read(path, lambda: huggingface_without(model, self._controls))
 
     fingerprint = "x"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        return self._model.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`, none of them a control token. Raises UnwritableText."""
+        return _writable(self._model.encode(text, add_special_tokens=False).ids, self._controls)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, dropping EOS and the pad piece."""
-        return self._model.decode([int(i) for i in ids if i not in self._dropped], skip_special_tokens=False)
+        """The text of `ids`, without the control tokens among them."""
+        return self._model.decode([int(i) for i in ids if i not in self._controls], skip_special_tokens=False)
 
 
 def train_sentencepiece(texts: Iterable[str], model_prefix: str | Path, *, vocab_size: int, character_coverage: float = 0.9995) -> Path:
@@ -194,21 +227,41 @@ def _byte_level_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     return model
 
 
-def _configured_eos(path: Path) -> str | None:
-    """The EOS that a `tokenizer_config.json` beside the model names."""
+def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[str, int]:
+    """The ids of what `eos_token` and a `tokenizer_config.json` beside the model name, by CONFIGURED_NAMES.
+
+    ValueError where the vocabulary lacks the EOS that is named: another one would end nothing that was meant to end.
+    """
     config = path.with_name("tokenizer_config.json")
-    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-    return eos["content"] if isinstance(eos, dict) else eos
+    tree = read_json(config) if config.is_file() else {}
+    names = {key: value.get("content") if isinstance(value := tree.get(key), dict) else value for key in CONFIGURED_NAMES}
+    eos, who = (eos_token, "eos_token") if eos_token is not None else (names["eos_token"], f"eos_token in {config}")
+    if eos is not None and eos not in vocab:
+        raise ValueError(f"{path} has no token {eos!r}, which {who} names as the end of a text; name one that it has with eos_token=")
+    names["eos_token"] = eos
+    return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}
 
 
-def _no_eos(path: Path, eos_token: str | None) -> str:
-    if eos_token is not None:
-        return f"{path} has no token {eos_token!r}; give with eos_token= the name of one it has"
+def _no_eos(path: Path) -> str:
     return f"{path} does not say which token ends a text (looked for {', '.join(EOS_NAMES)}); name it with eos_token="
 
 
-def _pad_or_other(pad_id: int | None, eos_id: int) -> int:
-    """The pad id, or the smallest id that is not EOS (`Tokenizer.pad_id` says why any will do)."""
-    if pad_id is not None and pad_id != eos_id:
+def _pad_or_other(pad_id: int, eos_id: int, controls: Collection[int], impossible: int | None) -> int:
+    """The pad id, or the id that stands in for it (see `Tokenizer.pad_id`); a `pad_id` below 0 is none."""
+    if pad_id >= 0 and pad_id != eos_id:
         return pad_id
-    return 1 if eos_id == 0 else 0
+    return next(i for i in (*sorted(controls), impossible, 0, 1) if i not in (None, eos_id))
+
+
+def _writable(ids: list[int], controls: set[int]) -> list[int]:
+    if not controls.isdisjoint(ids):
+        found = next(i for i in ids if i in controls)
+        raise UnwritableText(f"the tokenizer has no tokens for a part of it but its control token {found}")
+    return ids
+
+
+def _fingerprint(contents: Sequence[bytes], eos_id: int, pad_id: int) -> str:
+    whole = hashlib.sha256()
+    for part in (*contents, f"{eos_id} {pad_id}".encode()):
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()

@@ -122,15 +122,15 @@ class LanguageModelLoss:
 
 @dataclass(frozen=True)
 class RankingLoss:
-    """The K-wise comparison loss (Ouyang et al. 2022, equation 1), mean over prompts."""
+    """The K-wise comparison loss (Ouyang et al. 2022, equation 1), mean over the prompts that have a comparison."""
 
     output: ClassVar[Output] = "scores"
     stats: ClassVar[tuple[str, ...]] = ("accuracy", "score_gap")
     temperature: ClassVar[float] = 1.0
 
     def count(self, batch: RankingBatch) -> int:
-        """Prompts."""
-        return int(count_prompts(batch.prompt_index))
+        """Prompts whose completions do not all tie."""
+        return count_prompts(batch.ranks, batch.prompt_index)
 
     def positions(self, batch: RankingBatch) -> None:
         """Scores are read at the last token of each completion."""

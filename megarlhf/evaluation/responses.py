@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
 from megarlhf.config.sections import SamplingConfig
+from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.generation.generator import Generator
 
 NUM_SAMPLES = 4
 """Responses that a run writes down at each iteration or evaluation, to be read."""
+ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl")
+"""What the record of an answer says of itself."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,21 @@ def generate(generator: Generator, prompts: Prompts, sampling: SamplingConfig, *
     )
 
 
-def response_records(rollouts: Rollouts, tokenizer: Tokenizer, **columns: Tensor | None) -> list[dict[str, object]]:
-    """Each rollout as text: "prompt", "response", "finished", and its number in every column [batch] that is not None."""
+def response_records(
+    rollouts: Rollouts,
+    tokenizer: Tokenizer,
+    *,
+    first: int | None = None,
+    fields: Sequence[Mapping[str, Any]] = (),
+    **columns: Tensor | None,
+) -> list[dict[str, object]]:
+    """The `first` rollouts (None: all) as text: "prompt", "response", "finished", and their number in every column [batch] given.
+
+    `fields` [batch] are what the prompts' records said besides: they stand in the answer's record too, with "input_" before
+    a name that means something else there.
+    """
     records = []
-    for i in range(rollouts.num_rows):
+    for i in range(rollouts.num_rows if first is None else min(first, rollouts.num_rows)):
         start, stop = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
         ids = rollouts.tokens[i, :stop].tolist()
         record = {
@@ -98,5 +115,24 @@ def response_records(rollouts: Rollouts, tokenizer: Tokenizer, **columns: Tensor
             "response": tokenizer.decode(ids[start:]),
             "finished": bool(rollouts.finished[i]),
         }
-        records.append(record | {name: float(column[i]) for name, column in columns.items() if column is not None})
+        record |= {name: float(column[i]) for name, column in columns.items() if column is not None}
+        records.append(_carried(fields[i]) | record if fields else record)
     return records
+
+
+def response_lines(judged: Judged, tokenizer: Tokenizer, prompts: Sequence[PromptRow]) -> str:
+    """The answers to `prompts` and their judgement, as JSON lines."""
+    fields = [row.fields for row in prompts]
+    records = response_records(judged.rollouts, tokenizer, fields=fields, reward=judged.scores, kl=judged.kl)
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _carried(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt's fields under names that an answer does not use itself."""
+    carried = {name: value for name, value in fields.items() if name not in ANSWER_FIELDS}
+    for name in fields.keys() & set(ANSWER_FIELDS):
+        free = f"input_{name}"
+        while free in carried:
+            free = f"input_{free}"
+        carried[free] = fields[name]
+    return carried

@@ -21,15 +21,18 @@ class HeldOutText:
     """Packed held-out rows, or none."""
 
     rows: TextBatch | None
+    fingerprint: str | None = None
+    """Of their corpus."""
 
     @staticmethod
     def of(data: HeldOutTextConfig | None, *, eos_id: int, vocab_size: int) -> HeldOutText:
         """The rows of valid_prefix, where there is one."""
         if data is None or data.valid_prefix is None:
             return HeldOutText(None)
-        return HeldOutText(
-            held_out_rows(data.valid_prefix, seq_len=data.seq_len, max_rows=data.valid_rows, eos_id=eos_id, vocab_size=vocab_size)
+        rows, fingerprint = held_out_rows(
+            data.valid_prefix, seq_len=data.seq_len, max_rows=data.valid_rows, eos_id=eos_id, vocab_size=vocab_size
         )
+        return HeldOutText(rows, fingerprint)
 
     def metrics(self, engine: Engine) -> dict[str, float]:
         """{"valid/text_loss": nats per token}, or nothing where there is no text."""

@@ -96,12 +96,12 @@ class Run:
 
     def keep(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Remember the fingerprints of what the run reads; returns how they differ from those that it began with."""
-        self.fingerprints = dict(fingerprints)
+        self.fingerprints |= fingerprints
         before = self.resumed.state["fingerprints"] if self.resumed is not None else {}
         return [
             f"{name} is not what the run in {self.dir} began with: its content has changed; bring that back, or choose another run.dir"
-            for name in before.keys() & self.fingerprints.keys()
-            if before[name] != self.fingerprints[name]
+            for name in before.keys() & fingerprints.keys()
+            if before[name] != fingerprints[name]
         ]
 
     def introduce(self, notes: Sequence[str]) -> None:

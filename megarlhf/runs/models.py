@@ -21,6 +21,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.runs.folder import Run
+from megarlhf.runs.row_lengths import RowLength
 from megarlhf.storage.checkpoints import Saved
 
 
@@ -86,8 +87,8 @@ class ModelPlanner:
         self.notes: list[str] = []
         """A line for every model that was planned."""
 
-    def plan(self, role: str, config: ModelConfig, head: Head, *, context: int) -> ModelPlan | None:
-        """The plan of a model that must hold rows of `context` tokens; None when it cannot be made (see `check`)."""
+    def plan(self, role: str, config: ModelConfig, head: Head, *, rows: Sequence[RowLength]) -> ModelPlan | None:
+        """The plan of a model that must hold `rows` (see runs/row_lengths.py); None when it cannot be made (see `check`)."""
         resumed = self._resumed_model(role) if isinstance(config, TrainedModelConfig) else None
         try:
             source = self._kept_source(role, config, head, trained=resumed is not None)
@@ -101,11 +102,12 @@ class ModelPlanner:
                 f"{role}: its vocabulary has {architecture.vocab_size} ids, the tokenizer's {self.tokenizer.vocab_size}: "
                 "models and tokenizer must be the ones that were trained together"
             )
-        if architecture.max_seq_len < context:
-            self.violations.append(
-                f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {context} that the run needs "
-                "(prompt plus response, or packed row)"
-            )
+        for longest in (row.on(multiple=layout.tp if layout.sequence_parallel else 1) for row in rows):
+            if architecture.max_seq_len < longest.tokens:
+                self.violations.append(
+                    f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {longest.tokens} that the run needs "
+                    f"({longest.keys}); lower them, or take a model with a longer context"
+                )
         if source is not None and resumed is None:
             self._check_source(role, config, head, source)
         plan = ModelPlan(role, config, architecture, head, layout, None if resumed else source, resumed is not None)

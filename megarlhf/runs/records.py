@@ -1,4 +1,4 @@
-"""From files to token rows: everything that cannot be read is noted, and said together."""
+"""From files to token rows: everything that cannot be read, or that ranks read differently, is noted and said together."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from megarlhf.data.tokenized import (
     demonstration_rows,
     prompt_rows,
     ranking_rows,
+    rows_fingerprint,
 )
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.evaluation.text import HeldOutText
+from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import refuse_together
 
 T = TypeVar("T")
-R = TypeVar("R")
+R = TypeVar("R", DemonstrationRow, RankingRow, PromptRow)
+Batch = tuple[str, int]
+"""The key and the size of a batch that is drawn from a file."""
 
 
 def open_tokenizer(config: TokenizerConfig, world: World) -> Tokenizer:
@@ -35,43 +39,121 @@ def open_tokenizer(config: TokenizerConfig, world: World) -> Tokenizer:
 
 
 class Records:
-    """Reads a run's files under its limits. What fails is noted in `problems` and read as nothing."""
+    """Reads a run's files under its limits. What fails is noted in `problems` and read as nothing.
+
+    Files are called by the keys of the configuration that name them. `apart_from` is the key of what is trained on, where the
+    file is for validation; `batch` says how much is drawn from it at a time.
+    """
 
     def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
         self.problems: list[str] = []
         self.notes: list[str] = []
-        """What was read, and what of it was left out and why: a line for each."""
+        """What was read, what of it was left out and why, and what of it is doubtful: a line for each."""
+        self.fingerprints: dict[str, str] = {"tokenizer": tokenizer.fingerprint}
+        """"tokenizer", and the key of each file that was read -> a hash of its content as the run sees it."""
+        self._paths: dict[str, str] = {"tokenizer": "tokenizer.path"}  # tokenizer first: see `agree`
+        self._prompts: dict[str, set[bytes]] = {}
 
-    def demonstrations(self, path: str | None) -> list[DemonstrationRow]:
+    def demonstrations(
+        self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None
+    ) -> list[DemonstrationRow]:
         """{"prompt", "response"} as rows; none without a path."""
-        return self._rows(path, read_demonstrations, demonstration_rows, **self._lengths())
+        rows = self._rows(key, path, read_demonstrations, demonstration_rows, **self._lengths())
+        return self._checked(key, rows, apart_from, batch)
 
-    def rankings(self, path: str | None) -> list[RankingRow]:
-        """Rankings and pairs as rows; none without a path."""
-        return self._rows(path, read_rankings, ranking_rows, **self._lengths())
+    def rankings(self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None) -> list[RankingRow]:
+        """Rankings and pairs as rows, those that compare anything; none without a path."""
+        rows = self._rows(key, path, read_rankings, ranking_rows, **self._lengths())
+        compared = [row for row in rows if len(set(row.ranks)) > 1]
+        if rows and not compared:
+            self.problems.append(f"{key}: {path} compares nothing: each of its {len(rows)} rankings is one tie; rank some response higher")
+        elif len(compared) < len(rows):
+            self.notes.append(f"{path}: {len(rows) - len(compared)} of {len(rows)} rankings are one tie, which compares nothing: left out")
+        return self._checked(key, compared, apart_from, batch)
 
-    def prompts(self, path: str | None) -> list[PromptRow]:
+    def prompts(self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None) -> list[PromptRow]:
         """{"prompt"} as rows; none without a path."""
-        return self._rows(path, read_prompts, prompt_rows, max_prompt_len=self.limits.max_prompt_len)
+        rows = self._rows(key, path, read_prompts, prompt_rows, max_prompt_len=self.limits.max_prompt_len)
+        return self._checked(key, rows, apart_from, batch)
 
-    def text(self, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
+    def text(self, key: str, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
         """Packed text without end; None where it cannot be read."""
-        return _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=seed, **self._ids())
+        stream = _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=seed, **self._ids())
+        if stream is not None:
+            self._remember(key, data.prefix, stream.fingerprint)
+        return stream
 
-    def held_out(self, data: HeldOutTextConfig | None) -> HeldOutText:
+    def held_out(self, key: str, data: HeldOutTextConfig | None, *, apart_from: str | None = None) -> HeldOutText:
         """Held-out text, where there is any."""
-        return _noting(self.problems, HeldOutText.of, data, **self._ids()) or HeldOutText(None)
+        held_out = _noting(self.problems, HeldOutText.of, data, **self._ids()) or HeldOutText(None)
+        if held_out.fingerprint is not None:
+            self._remember(key, data.valid_prefix, held_out.fingerprint)
+            self._require_apart(key, apart_from)
+        return held_out
 
-    def _rows(self, path: str | None, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int) -> list[R]:
-        return (_noting(self.problems, self._read, path, read, convert, **lengths) if path else None) or []
+    def agree(self, world: World) -> list[str]:
+        """All problems, with those of content that is not the same on every rank; a collective of the world."""
+        found = gather_objects(self.fingerprints)
+        for key, path in self._paths.items():
+            mine = found[0].get(key)
+            others = [rank for rank in range(1, world.size) if mine and found[rank].get(key, mine) != mine]
+            if others:
+                ranks = ", ".join(map(str, others))
+                self.problems.append(f"{key}: rank {ranks} of {world.size} reads other content from {path} than rank 0: is it an old copy?")
+                if key == "tokenizer":
+                    break  # whatever it encodes differs too
+        return self.problems
+
+    def _rows(
+        self, key: str, path: str | None, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int
+    ) -> list[R]:
+        if path is None:
+            return []
+        rows = _noting(self.problems, self._read, path, read, convert, **lengths) or []
+        if rows:
+            self._remember(key, path, rows_fingerprint(rows))
+        return rows
 
     def _read(self, path: str | Path, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int) -> list[R]:
         records, report = read(path, on_bad_record=self.limits.on_bad_record)
         rows, fit = convert(records, self.tokenizer, **lengths, on_bad_record=self.limits.on_bad_record)
-        self.notes += [str(report), *([str(fit)] if fit.num_skipped else [])]
+        for part in (report, fit):
+            if part is report or part.num_skipped:
+                self.notes += [str(part), *(f"  skipped {example}" for example in part.examples)]
+            if part.num_skipped > len(part.examples):
+                self.notes.append(f"  and {part.num_skipped - len(part.examples)} more")
+        self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
         return rows
+
+    def _remember(self, key: str, path: str, fingerprint: str) -> None:
+        self.fingerprints[key] = fingerprint
+        self._paths[key] = path
+
+    def _checked(self, key: str, rows: list[R], apart_from: str | None, batch: Batch | None) -> list[R]:
+        """The rows, and what is wrong or doubtful with them as a whole noted."""
+        if batch is not None and 0 < len(rows) < batch[1]:
+            self.problems.append(
+                f"{key}: {self._paths[key]} has {len(rows)} records to draw from, fewer than the {batch[1]} of one batch; "
+                f"lower {batch[0]} to {len(rows)} at most, or add records"
+            )
+        if rows and not self._require_apart(key, apart_from):
+            self._prompts[key] = {row.prompt_ids.tobytes() for row in rows}
+            shared = len(self._prompts[key] & self._prompts.get(apart_from, set()))
+            if shared:
+                self.notes.append(f"{key}: {shared} of its {len(self._prompts[key])} prompts are in {apart_from} too, which is trained on")
+        return rows
+
+    def _require_apart(self, key: str, apart_from: str | None) -> bool:
+        """Whether a file for validation is the one that is trained on, which is a problem."""
+        same = apart_from is not None and self.fingerprints.get(apart_from) == self.fingerprints[key]
+        if same:
+            self.problems.append(
+                f"{key}: {self._paths[key]} has the content of {apart_from}, {self._paths[apart_from]}: validation on what is trained on "
+                "says nothing; give it other data, or leave it out"
+            )
+        return same
 
     def _lengths(self) -> dict[str, int]:
         return {"max_prompt_len": self.limits.max_prompt_len, "max_response_len": self.limits.max_response_len}
@@ -81,9 +163,9 @@ class Records:
 
 
 def _noting(problems: list[str], function: Callable[..., T], *args: object, **kwargs: object) -> T | None:
-    """function(*args, **kwargs), or None with its ValueError noted."""
+    """function(*args, **kwargs), or None with the ValueError, or the system's error of a file, noted."""
     try:
         return function(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         problems.append(str(error))
         return None

@@ -74,9 +74,11 @@ class ProximalPolicyOptimization(Stage):
         self.tokenizer = tokenizer
         self.prompts = prompts
         records = Records(tokenizer, config.limits)
-        self.text = records.text(config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
-        self.held_out = records.held_out(config.data.pretraining)
-        self.roles = PpoModels.build(config, run, tokenizer, problems=[*problems, *records.problems])
+        key = "data.pretraining.prefix"
+        self.text = records.text(key, config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
+        self.held_out = records.held_out("data.pretraining.valid_prefix", config.data.pretraining, apart_from=key)
+        problems = [*problems, *records.agree(run.world), *run.keep(records.fingerprints)]
+        self.roles = PpoModels.build(config, run, tokenizer, problems=problems)
         self.notes = self.roles.notes
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.generator = PolicyGenerator(self.roles, tokenizer)
@@ -127,7 +129,7 @@ class ProximalPolicyOptimization(Stage):
                 value_steps.append(roles.value.step(terms, learning_rate=value_rate))
             roles.policy.ema.update()
 
-        self.samples = response_records(rollouts, self.tokenizer, reward=judged.scores)[:NUM_SAMPLES]
+        self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
         metrics = self.rollout_metrics(rollouts, judged)
         metrics["value/explained_variance"] = float(explained_variance(judged.values, returns, mask))
         metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
@@ -241,7 +243,9 @@ def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, fl
     with Run(config, world, fresh=fresh) as run:
         tokenizer = open_tokenizer(config.tokenizer, world)
         records = Records(tokenizer, config.limits)
-        prompts, valid = records.prompts(config.data.prompts), records.prompts(config.data.prompts_valid)
-        stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=records.problems)
+        prompts = records.prompts("data.prompts", config.data.prompts, batch=("ppo.batch_size", config.ppo.batch_size))
+        valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
+        problems = [*records.agree(world), *run.keep(records.fingerprints)]
+        stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)
         stage.notes = [*records.notes, *stage.notes]
         return run_stage(stage, run)

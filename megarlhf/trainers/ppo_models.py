@@ -13,6 +13,7 @@ from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlan, ModelPlanner
+from megarlhf.runs.row_lengths import row_lengths
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,11 @@ class PpoModels:
         ConfigError lists everything that does not fit, and the `problems` that were found before.
         """
         planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
-        context = config.limits.max_prompt_len + config.generation.sampling.max_new_tokens
-        mixed = max(context, config.data.pretraining.seq_len) if config.data.pretraining else context
-        policy = planner.plan("policy", config.policy, "lm", context=mixed)
-        value = planner.plan("value", config.value, "scalar", context=context)
-        reward = planner.plan("reward", config.reward, "scalar", context=context)
-        reference = planner.plan("reference", config.reference, "lm", context=context)
+        rows = row_lengths(config)
+        policy = planner.plan("policy", config.policy, "lm", rows=rows["policy"])
+        value = planner.plan("value", config.value, "scalar", rows=rows["value"])
+        reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"])
+        reference = planner.plan("reference", config.reference, "lm", rows=rows["reference"])
         generation = _generation_layout(config, planner, policy)
         planner.check()
         models = PpoModels(

@@ -11,6 +11,7 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
 
@@ -24,10 +25,11 @@ class Pretraining(Stage):
         self.config = config
         tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(tokenizer, LimitsConfig())
-        self.text = records.text(config.data, seed=config.run.seed)
-        self.held_out = records.held_out(config.data)
-        planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.problems)
-        plan = planner.plan("model", config.model, "lm", context=config.data.seq_len)
+        self.text = records.text("data.prefix", config.data, seed=config.run.seed)
+        self.held_out = records.held_out("data.valid_prefix", config.data, apart_from="data.prefix")
+        problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+        planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
+        plan = planner.plan("model", config.model, "lm", rows=row_lengths(config)["model"])
         planner.check()
         self.model = planner.build_trained(plan)
         self.models = {"model": self.model}

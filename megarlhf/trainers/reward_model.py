@@ -15,12 +15,16 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
 
 
 class RewardModelTraining(Stage):
-    """A scalar-headed model on rankings; all completions of a prompt are one batch element."""
+    """A scalar-headed model on rankings; all completions of a prompt are one batch element.
+
+    An epoch takes each ranking once, its last batch what is left.
+    """
 
     shown = ("reward/loss", "reward/accuracy", "reward/learning_rate")
 
@@ -28,13 +32,13 @@ class RewardModelTraining(Stage):
         self.config = config
         self.tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(self.tokenizer, config.limits)
-        self.rankings = records.rankings(config.data.train)
-        valid = records.rankings(config.data.valid)
-        demonstrations = records.demonstrations(config.data.demonstrations)
+        self.rankings = records.rankings("data.train", config.data.train, batch=("batch_size", config.batch_size))
+        valid = records.rankings("data.valid", config.data.valid, apart_from="data.train")
+        demonstrations = records.demonstrations("data.demonstrations", config.data.demonstrations)
 
-        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=records.problems)
-        context = config.limits.max_prompt_len + config.limits.max_response_len
-        plan = planner.plan("model", config.model, "scalar", context=context)
+        problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
+        plan = planner.plan("model", config.model, "scalar", rows=row_lengths(config)["model"])
         planner.check()
 
         pad_id = self.tokenizer.pad_id
@@ -44,7 +48,7 @@ class RewardModelTraining(Stage):
         self.model = planner.build_trained(plan)
         self.models = {"reward": self.model}
         self.notes = [*records.notes, *planner.notes]
-        self.total_steps = max(1, math.ceil(config.epochs * len(self.rankings) / config.batch_size))
+        self.total_steps = config.epochs * math.ceil(len(self.rankings) / config.batch_size)
         self.timers = Timers(platform.synchronize)
 
     def step(self, number: int) -> dict[str, float]:
@@ -52,7 +56,7 @@ class RewardModelTraining(Stage):
         peak = self.config.model.adam.learning_rate
         rate = scheduled_rate(self.config.schedule, number, peak=peak, total_steps=self.total_steps)
         with self.timers("step_seconds"):
-            rows = [self.rankings[i] for i in self.order.take(self.config.batch_size)]
+            rows = [self.rankings[i] for i in self.order.take_batch(self.config.batch_size)]
             batch = ranking_batch(rows, pad_id=self.tokenizer.pad_id)
             result = self.model.step([Term("reward", RankingLoss(), batch)], learning_rate=rate)
         return step_metrics("reward", [result], rate) | self.timers.metrics()

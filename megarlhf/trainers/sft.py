@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from megarlhf.batch import TextBatch, stack
 from megarlhf.config.stages import SftConfig
 from megarlhf.data.collation import prompt_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
@@ -20,12 +19,18 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
 from megarlhf.telemetry.timers import Timers
 
 
 class SupervisedFineTuning(Stage):
-    """A language model on demonstrations, the loss on their responses only, with a share of pretraining rows mixed in."""
+    """A language model on demonstrations, the loss on their responses only, with a share of pretraining text in the loss.
+
+    An epoch takes each demonstration once, its last batch what is left. Text is a term of its own: the loss is
+    (1 - mix) * mean over the responses' tokens + mix * mean over the text's, as if that share of all its tokens were text.
+    How many rows of text go with a batch decides only how well its mean is known.
+    """
 
     shown = ("model/loss", "model/learning_rate")
 
@@ -34,17 +39,17 @@ class SupervisedFineTuning(Stage):
         data = config.data
         self.tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(self.tokenizer, config.limits)
-        self.demonstrations = records.demonstrations(data.train)
-        valid = records.demonstrations(data.valid)
-        self.num_mixed = round(config.pretraining_mix * config.batch_size)
-        self.text = records.text(data.pretraining, seed=config.run.seed) if self.num_mixed else None
-        self.held_out = records.held_out(data.pretraining)
+        self.demonstrations = records.demonstrations("data.train", data.train, batch=("batch_size", config.batch_size))
+        valid = records.demonstrations("data.valid", data.valid, apart_from="data.train")
+        key, mix = "data.pretraining.prefix", config.pretraining_mix
+        self.text = records.text(key, data.pretraining, seed=config.run.seed) if mix else None
+        self.held_out = records.held_out("data.pretraining.valid_prefix", data.pretraining, apart_from=key)
 
-        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=records.problems)
-        context = config.limits.max_prompt_len + config.limits.max_response_len
-        mixed = max(context, data.pretraining.seq_len if data.pretraining else 0)
-        plan = planner.plan("model", config.model, "lm", context=mixed)
-        reward = planner.plan("reward", config.reward, "scalar", context=context) if config.reward else None
+        problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+        planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
+        rows = row_lengths(config)
+        plan = planner.plan("model", config.model, "lm", rows=rows["model"])
+        reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"]) if config.reward else None
         planner.check()
 
         self.order = ShuffledOrder(len(self.demonstrations), seed=config.run.seed)
@@ -53,8 +58,7 @@ class SupervisedFineTuning(Stage):
         self.models = {"model": self.model}
         self.judge = self._judge(valid, planner.build_frozen(reward) if reward else None) if valid else None
         self.notes = [*records.notes, *planner.notes]
-        per_step = config.batch_size - self.num_mixed
-        self.total_steps = max(1, math.ceil(config.epochs * len(self.demonstrations) / per_step))
+        self.total_steps = config.epochs * math.ceil(len(self.demonstrations) / config.batch_size)
         self.best: float | None = None
         self.timers = Timers(platform.synchronize)
 
@@ -65,19 +69,24 @@ class SupervisedFineTuning(Stage):
         generator = generator_of(self.model, self.tokenizer)
         return ResponseJudge(generator, prompts, self.config.sampling, seed=self.config.run.seed, reward=reward)
 
-    def next_batch(self) -> TextBatch:
-        """The next demonstrations, and the pretraining rows that go with them."""
-        rows = [self.demonstrations[i] for i in self.order.take(self.config.batch_size - self.num_mixed)]
-        batch = text_batch(rows, pad_id=self.tokenizer.pad_id)
-        return stack(batch, self.text.take(self.num_mixed), pad_id=self.tokenizer.pad_id) if self.text else batch
+    def next_terms(self) -> list[Term]:
+        """The loss on the next demonstrations, and on the text that goes with them."""
+        rows = [self.demonstrations[i] for i in self.order.take_batch(self.config.batch_size)]
+        mix, loss = self.config.pretraining_mix, LanguageModelLoss()
+        demonstrations = Term("model", loss, text_batch(rows, pad_id=self.tokenizer.pad_id), weight=1 - mix)
+        if self.text is None:
+            return [demonstrations]
+        num_rows = max(1, round(mix * self.config.batch_size))
+        return [demonstrations, Term("pretraining", loss, self.text.take(num_rows), weight=mix)]
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the next batch."""
         peak = self.config.model.adam.learning_rate
         rate = scheduled_rate(self.config.schedule, number, peak=peak, total_steps=self.total_steps)
         with self.timers("step_seconds"):
-            result = self.model.step([Term("model", LanguageModelLoss(), self.next_batch())], learning_rate=rate)
-        return step_metrics("model", [result], rate) | self.timers.metrics()
+            terms = self.next_terms()
+            result = self.model.step(terms, learning_rate=rate)
+        return step_metrics("model", [result], rate) | pretraining_shares(terms) | self.timers.metrics()
 
     def evaluate(self) -> dict[str, float]:
         """Loss on validation demonstrations and on held-out text, and the reward of sampled responses where there is a judge."""
@@ -85,7 +94,7 @@ class SupervisedFineTuning(Stage):
         if self.valid is not None:
             metrics["valid/loss"] = language_model_loss_on(self.model, self.valid)
             judged = self.judge.judge()
-            self.samples = response_records(judged.rollouts, self.tokenizer, reward=judged.scores)[:NUM_SAMPLES]
+            self.samples = response_records(judged.rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
             if judged.scores is not None:
                 metrics |= judged.metrics("valid")
         return metrics
@@ -106,9 +115,19 @@ class SupervisedFineTuning(Stage):
     def load_state_dict(self, state: dict) -> None:
         """Go on from saved cursors."""
         self.order.load_state_dict(state["order"])
-        if self.text:
+        if self.text and state["text"] is not None:
             self.text.load_state_dict(state["text"])
         self.best = state["best"]
+
+
+def pretraining_shares(terms: Sequence[Term]) -> dict[str, float]:
+    """How much of a batch is pretraining text: of the loss, as its weight says, of the tokens in the loss, and of the rows."""
+    shares = {
+        "loss_share": [term.weight for term in terms],
+        "token_share": [term.loss.count(term.batch) for term in terms],
+        "row_share": [term.batch.num_rows for term in terms],
+    }
+    return {f"pretraining/{name}": parts[-1] / sum(parts) for name, parts in shares.items() if len(terms) > 1}
 
 
 def sft(config: SftConfig, world: World, *, fresh: bool = False) -> dict[str, float]:

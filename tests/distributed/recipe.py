@@ -41,6 +41,7 @@ def make_recipe(folder: Path) -> Path:
     ranked.append({"prompt": "tied?\n", "responses": ["one", "two"], "ranks": [1, 1]})
     ranked.append({"prompt": "pair?\n", "chosen": "yes, it is", "rejected": "no"})
     write_lines(folder / "rankings.jsonl", ranked)
+    write_lines(folder / "rankings_valid.jsonl", ranked[14:])
     for name, config in configurations(folder).items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -58,11 +59,11 @@ def configurations(folder: Path) -> dict[str, dict]:
         "base": {"stage": "pretrain", "model": {**trained, "architecture": SIZES}, "data": corpus, "steps": 4, "batch_size": 6},
         "sft": {
             "stage": "sft", "model": {**trained, **base}, "data": data, "limits": LIMITS, "sampling": sampling,
-            "epochs": 1, "batch_size": 8, "dropout": 0.0, "pretraining_mix": 0.25,
+            "epochs": 1, "batch_size": 6, "dropout": 0.0, "pretraining_mix": 0.25,
         },
         "reward": {
             "stage": "reward", "model": {**trained, "architecture": SMALL}, "limits": LIMITS, "batch_size": 6,
-            "data": {"train": f"{folder}/rankings.jsonl", "valid": f"{folder}/rankings.jsonl", "demonstrations": data["valid"]},
+            "data": {"train": f"{folder}/rankings.jsonl", "valid": f"{folder}/rankings_valid.jsonl", "demonstrations": data["valid"]},
         },
         "ppo": {
             "stage": "ppo", "policy": {**trained, "load": f"{folder}/runs/sft"}, "value": {**trained, **reward}, "reward": reward,

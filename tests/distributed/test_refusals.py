@@ -54,6 +54,17 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
         "vocabulary": (recipe / "sft.yaml", [at, f"tokenizer.path={broken}/other.model"]),
         "bad record": (recipe / "sft.yaml", [at, f"data.train={broken}/bad.jsonl"]),
         "context": (recipe / "sft.yaml", [at, "limits.max_response_len=30"]),
+        "judge": (
+            recipe / "sft.yaml",
+            [at, "select_by=reward", "run.eval_every=1", f"reward.load={recipe}/runs/reward", "sampling.max_new_tokens=30"],
+        ),
+        "sequence parallel": (
+            recipe / "base.yaml",
+            [at, "parallel={tp: 2, sequence_parallel: true}", "data.seq_len=41", "model.architecture.max_seq_len=41"],
+        ),
+        "small data": (recipe / "reward.yaml", [at, "batch_size=64"]),
+        "few prompts": (recipe / "ppo.yaml", [at, "ppo.batch_size=64"]),
+        "validation": (recipe / "sft.yaml", [at, f"data.valid={recipe}/demonstrations.jsonl"]),
         "generation layout": (recipe / "ppo.yaml", [at, "generation.parallel={tp: 2, sequence_parallel: true}"]),
         "generation ranks": (recipe / "ppo.yaml", [at, "generation.parallel={tp: 4}"]),
         "heads": (recipe / "base.yaml", [at, "model.architecture.num_heads=3", "parallel.tp=2"]),
@@ -83,7 +94,16 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
         assert text in line
     assert "model: its vocabulary has 400 ids, the tokenizer's 300: models and tokenizer must be" in said["vocabulary"]
     assert 'bad.jsonl:2: missing field: no "response" among "prompt"' in said["bad record"]
-    assert said["context"].startswith("model: its context of 40 tokens is shorter than the 46 that the run needs")
+    keys = "limits.max_prompt_len 16 + limits.max_response_len 30"
+    assert said["context"].startswith(f"model: its context of 40 tokens is shorter than the 46 that the run needs ({keys}); lower them")
+    keys = "limits.max_prompt_len 16 + sampling.max_new_tokens 30"
+    judge = [f"{role}: its context of 40 tokens is shorter than the 46 that the run needs ({keys})" for role in ("model", "reward")]
+    assert [line.partition(";")[0] for line in said["judge"].splitlines()] == judge
+    keys = "data.seq_len 41 = 41, rounded up to 42 for sequence_parallel over tp 2"
+    assert said["sequence parallel"].startswith(f"model: its context of 41 tokens is shorter than the 42 that the run needs ({keys})")
+    assert "rankings.jsonl has 21 records to draw from, fewer than the 64 of one batch; lower batch_size to 21" in said["small data"]
+    assert "prompts.jsonl has 20 records to draw from, fewer than the 64 of one batch; lower ppo.batch_size to 20" in said["few prompts"]
+    assert f"data.valid: {recipe}/demonstrations.jsonl has the content of data.train" in said["validation"]
     assert said["generation layout"].startswith("generation.parallel: decoding one position at a time has no use for sequence_parallel")
     assert said["generation ranks"].startswith("generation: a layout of tp 4 x pp 1 = 4 ranks per copy does not divide the 2 ranks")
     assert "hidden_size 32 must be divisible by num_heads 3" in said["heads"]
@@ -94,7 +114,10 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
         "policy from a reward model"
     ]
     assert said["which model"].startswith("reward: load_model must name one of policy, value in") and "'valu'" in said["which model"]
-    assert said["reward model on text"] == "model: it is a reward model, which can be evaluated on rankings only"
+    assert said["reward model on text"].splitlines() == [
+        "model: it is a reward model, which can be evaluated on rankings only",
+        "reward: `model` is a reward model itself; leave one of the two out",
+    ]
     assert not (tmp_path / "run").exists()
 
 
@@ -113,6 +136,57 @@ def check_one_rank_fails(yaml, overrides):
 def test_what_one_rank_finds_stops_all(recipe, ranks2, tmp_path):
     messages = ranks2.run(check_one_rank_fails, recipe / "ppo.yaml", [f"run.dir={tmp_path / 'run'}", "data.prompts_valid=null"])
     assert messages == ["rank 1 of 2: prompts.jsonl is on a disk that this machine does not have"] * 2
+
+
+def check_old_copy(yaml, overrides, name, key, old):
+    """What a run is refused for when rank 1 finds another file, one that can be read, where it looks for `name`."""
+
+    def changed(function):
+        def there(path, *args, **kwargs):
+            return function(old if str(path).endswith(name) else path, *args, **kwargs)
+
+        return there
+
+    read = ("read_demonstrations", "read_prompts", "read_rankings", "PretrainingStream", "load_tokenizer")
+    with contextlib.ExitStack() as stack:
+        if World.connect().rank == 1:
+            for function in read:
+                stack.enter_context(mock.patch.object(records, function, changed(getattr(records, function))))
+        with pytest.raises(ConfigError) as refused:
+            run_stage_of(yaml, overrides)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "key"),
+    [
+        ("sft", "demonstrations.jsonl", "data.train"),
+        ("sft", "demonstrations_valid.jsonl", "data.valid"),
+        ("sft", "corpus", "data.pretraining.prefix"),
+        ("sft", "tokenizer.model", "tokenizer"),
+        ("reward", "rankings.jsonl", "data.train"),
+        ("ppo", "prompts.jsonl", "data.prompts"),
+        ("evaluate", "prompts_valid.jsonl", "prompts"),
+    ],
+)
+def test_an_old_copy_on_one_rank_stops_all(recipe, ranks2, tmp_path, stage, name, key):
+    if name == "corpus":
+        for ending in (".bin", ".idx"):
+            (tmp_path / f"old{ending}").write_bytes((recipe / f"corpus{ending}").read_bytes())
+        with (tmp_path / "old.bin").open("r+b") as file:
+            file.write((tmp_path / "old.bin").read_bytes()[2:4] * 2)  # as long as before, and of the same vocabulary
+        old = tmp_path / "old"
+    elif name == "tokenizer.model":
+        from megarlhf.data.tokenizers import train_sentencepiece
+
+        old = train_sentencepiece([(recipe / "prompts.jsonl").read_text()], tmp_path / "old", vocab_size=300)
+    else:
+        old = tmp_path / name
+        old.write_text("".join((recipe / name).read_text().splitlines(keepends=True)[::-1]))  # as many records, in another order
+    messages = ranks2.run(check_old_copy, recipe / f"{stage}.yaml", [f"run.dir={tmp_path / 'run'}"], name, key, str(old))
+    assert messages[0] == messages[1]
+    assert f"{key}: rank 1 of 2 reads other content from" in messages[0] and "is it an old copy?" in messages[0]
+    assert not (tmp_path / "run").exists()
 
 
 def check_command(arguments):

@@ -5,15 +5,18 @@ import io
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 
 from megarlhf.config import ConfigError
 from megarlhf.data.collation import prompt_batch
+from megarlhf.data.order import ShuffledOrder
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
 from megarlhf.runs.checkpoints import find_source
+from megarlhf.trainers.sft import pretraining_shares
 from tests.distributed.recipe import ADAM, STAGES, check_stages, curves, lines_of, run_stage_of
 from tests.distributed.training import whole_state
 
@@ -148,7 +151,7 @@ def check_folders(folder, runs):
         (): "--fresh: .* is not empty",
         ("run.seed=2",): r"run.seed is 2, but the run began with 1: order, noise and samples would be another run's; keep it, or choose",
         ("ppo.iterations=1",): "step_00000002 is at step 2, beyond the run's end at 1",
-        (f"data.prompts={folder}/prompts_valid.jsonl", "ppo.iterations=3"): "saved order has num_items 20, this one num_items 6",
+        (f"data.prompts={folder}/demonstrations.jsonl", "ppo.iterations=3"): "data.prompts is not what the run in .* began with",
         ("data.pretraining.seq_len=16",): "saved pretraining stream has seq_len 32",
     }
     for overrides, expected in refusals.items():
@@ -162,9 +165,9 @@ def check_folders(folder, runs):
     ]
     assert {path: path.read_bytes() for path in sorted((runs / "ppo").rglob("*")) if path.is_file() and path.name != "lock"} == before
 
-    printed, refused = said_by(yaml, [at, "ppo.iterations=3", "ppo.kl_coef=0.5", "run.eval_every=1"])
+    printed, refused = said_by(yaml, [at, "ppo.iterations=3", "ppo.clip=0.5", "run.eval_every=1"])
     assert refused is None
-    assert "changed since then: ppo.iterations 2 -> 3" in printed and "changed since then: ppo.kl_coef 0.02 -> 0.5" in printed
+    assert "changed since then: ppo.iterations 2 -> 3" in printed and "changed since then: ppo.clip 0.2 -> 0.5" in printed
     assert "changed since then: run.eval_every 0 -> 1" in printed
     assert [line["step"] for line in curves(runs / "ppo")] == [1, 2, 3]
 
@@ -308,7 +311,7 @@ def check_loading(folder, runs):
     text = ["prompts=null", "demonstrations=null", "reward=null", "reference=null"]
     for name, how in {"average": [], "newest": ["model.load_average=false"]}.items():
         run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / name}", *text, *how])
-    rankings = ["text=null", f"rankings={folder}/rankings.jsonl", *text, "model.load_model=value"]
+    rankings = ["text=null", f"rankings={folder}/rankings_valid.jsonl", *text, "model.load_model=value"]
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'value'}", *rankings])
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'reward'}", *rankings[:-1], f"model.load={folder}/runs/reward"])
 
@@ -323,3 +326,102 @@ def test_a_later_stage_takes_the_average_of_the_policy_or_what_it_is_told(recipe
     assert reward["valid/ranking_loss"] == pytest.approx(final["valid/ranking_loss"], rel=1e-6)
     assert reward["valid/accuracy"] == final["valid/accuracy"]
     assert value["valid/ranking_loss"] != reward["valid/ranking_loss"]  # PPO has moved it
+
+
+# Epochs, and what is mixed into them
+
+
+def check_epochs(folder, runs):
+    """(rows of each step, steps) of an SFT and a reward run of two epochs whose last batches are short."""
+    seen = {}
+    for name, overrides in {"sft": ["batch_size=7", "epochs=2"], "reward": ["batch_size=8", "epochs=2"]}.items():
+        rows = seen[name] = []
+        order = ShuffledOrder.take_batch
+
+        def watched(self, n, rows=rows, order=order):
+            rows.append(order(self, n))
+            return rows[-1]
+
+        with mock.patch.object(ShuffledOrder, "take_batch", watched):
+            run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}", *overrides])
+    return seen
+
+
+def test_an_epoch_takes_each_record_once(recipe, ranks1, tmp_path):
+    seen = ranks1.run(check_epochs, recipe, tmp_path)[0]
+    for name, num_records, sizes in (("sft", 24, [7, 7, 7, 3]), ("reward", 21, [8, 8, 5])):
+        assert [len(rows) for rows in seen[name]] == sizes * 2
+        assert len(curves(tmp_path / name)) == len(sizes) * 2
+        whole = [item for rows in seen[name] for item in rows]
+        assert sorted(whole[:num_records]) == sorted(whole[num_records:]) == list(range(num_records))
+
+
+def check_mix(folder, runs):
+    """The terms of an SFT step with text mixed in, and what the step says of them."""
+    stage = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'sft'}", "pretraining_mix=0.1", "batch_size=8"], stop_before=0)
+    terms = stage.next_terms()
+    losses = [language_model_loss_on(stage.model, term.batch) for term in terms]
+    shares = pretraining_shares(terms)
+    stage.next_terms = lambda: terms
+    metrics = stage.step(0)
+    plain = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'plain'}", "pretraining_mix=0", "batch_size=8"], stop_before=0)
+    return [(term.name, term.weight, term.batch.num_rows) for term in terms], losses, shares, metrics, len(plain.next_terms())
+
+
+def test_pretraining_text_is_a_share_of_the_loss(recipe, ranks1, tmp_path):
+    terms, losses, shares, metrics, num_plain = ranks1.run(check_mix, recipe, tmp_path)[0]
+    assert terms == [("model", 0.9, 8), ("pretraining", 0.1, 1)] and num_plain == 1
+    assert [metrics["model/loss"], metrics["pretraining/loss"]] == pytest.approx(losses, rel=1e-5)
+    assert shares["pretraining/loss_share"] == pytest.approx(0.1) and shares["pretraining/row_share"] == pytest.approx(1 / 9)
+    assert 0.1 < shares["pretraining/token_share"] < 0.5 and shares.items() <= metrics.items()
+
+
+# Answers
+
+
+def check_answers(folder, runs):
+    """What is said of a second `generate` and `evaluate` in one folder, by what is changed for it."""
+    prompts = lines_of(folder / "prompts.jsonl")[:5]
+    with_ids = [{**record, "id": f"q{i}", "response": "given", "topic": {"n": i}} for i, record in enumerate(prompts)]
+    for name, records in {"ids": with_ids, "others": prompts[::-1], "renamed": [{**r, "id": 1} for r in with_ids]}.items():
+        (runs / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    said = {}
+    for stage in ("generate", "evaluate"):
+        at = [f"run.dir={runs / stage}", f"prompts={runs}/ids.jsonl"]
+        for name, overrides in {
+            "first": [], "again": ["model.micro_batch_size=3"], "prompts": [f"prompts={runs}/others.jsonl"],
+            "ids": [f"prompts={runs}/renamed.jsonl"], "model": [f"model.load={folder}/runs/sft"], "sampling": ["sampling.temperature=0.5"],
+        }.items():
+            said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides])[1]
+        (runs / stage / "inputs.json").unlink()
+        said[stage, "unknown"] = said_by(folder / f"{stage}.yaml", at)[1]
+    return said
+
+
+def test_answers_keep_what_their_prompts_said_and_are_not_written_over_by_others(recipe, ranks1, tmp_path):
+    said = ranks1.run(check_answers, recipe, tmp_path)[0]
+    for stage in ("generate", "evaluate"):
+        assert said[stage, "first"] is said[stage, "again"] is None
+        changed = {"prompts": "prompts, fields of prompts", "ids": "fields of prompts", "model": "model", "sampling": "sampling"}
+        for name, what in changed.items():
+            assert f"responses.jsonl holds answers to other input ({what}); choose another run.dir" in said[stage, name]
+        assert "holds answers, and nothing says to what" in said[stage, "unknown"]
+        answers = lines_of(tmp_path / stage / "responses.jsonl")
+        assert [(line["id"], line["topic"], line["input_response"]) for line in answers] == [(f"q{i}", {"n": i}, "given") for i in range(5)]
+        assert all(line["response"] != "given" for line in answers)
+
+
+def check_rankings(folder, runs):
+    """Rankings judged by a reward model beside a policy, and by the reward model alone, whatever responses might be sampled."""
+    only = ["prompts=null", "demonstrations=null", "reference=null", "text=null", f"rankings={folder}/rankings_valid.jsonl"]
+    only += ["sampling.max_new_tokens=1000"]
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'beside'}", *only])
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'alone'}", *only, "reward=null", f"model.load={folder}/runs/reward"])
+    return said_by(folder / "evaluate.yaml", [f"run.dir={runs / 'none'}", *only, "reward=null"])[1]
+
+
+def test_rankings_are_judged_by_the_reward_model_that_is_given(recipe, ranks1, tmp_path):
+    refused = ranks1.run(check_rankings, recipe, tmp_path)[0]
+    beside, alone = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("beside", "alone"))
+    assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy"}
+    assert refused == "rankings: they need a reward model: `model` is a language model, and `reward` is not given"

@@ -174,19 +174,21 @@ def test_rankings_of_a_zero_head_cost_ln_2_per_prompt():
     prompt_index = torch.tensor([7, 7, 7, 2, 2, 2, 2])
     ranks = torch.tensor([1, 2, 3, 2, 1, 2, 4])
     loss, stats = ranking_loss(torch.zeros(7), ranks, prompt_index)
-    torch.testing.assert_close(loss / count_prompts(prompt_index), torch.tensor(math.log(2)))
+    torch.testing.assert_close(loss / count_prompts(ranks, prompt_index), torch.tensor(math.log(2)))
     assert float(stats["accuracy"][1]) == 3 + 5  # one tie of the second prompt dropped
     assert means(stats)["score_gap"] == 0.0
 
 
-def test_all_tied_prompts_count_but_cost_nothing():
+def test_all_tied_prompts_neither_count_nor_cost():
     scores = torch.tensor([3.0, -1.0, 2.0, 5.0, 1.0]).requires_grad_()
     prompt_index = torch.tensor([0, 0, 0, 1, 1])
     loss, stats = ranking_loss(scores, torch.tensor([1, 1, 1, 1, 2]), prompt_index)
     loss.backward()
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(torch.tensor(4.0)))
     assert scores.grad[:3].tolist() == [0.0, 0.0, 0.0] and scores.grad[3] < 0 < scores.grad[4]
-    assert count_prompts(prompt_index) == 2 and means(stats) == {"accuracy": 1.0, "score_gap": 4.0}
+    ranks = torch.tensor([1, 1, 1, 1, 2])
+    assert count_prompts(ranks, prompt_index) == 1 and count_prompts(ranks[:3], prompt_index[:3]) == 0
+    assert means(stats) == {"accuracy": 1.0, "score_gap": 4.0}
 
     alone = scores.detach()[:3].requires_grad_()
     loss, stats = ranking_loss(alone, torch.ones(3, dtype=torch.int64), prompt_index[:3])

@@ -71,8 +71,6 @@ RULES = [
     ("ppo", ["parallel.virtual_pp=2"], "parallel.virtual_pp 2 needs pp > 1"),
     ("ppo", ["run.seed=-1"], "run.seed must be at least 0, got -1"),
     ("sft", ["pretraining_mix=0.1"], "pretraining_mix 0.1 needs data.pretraining"),
-    ("sft", ["pretraining_mix=0.01", "data.pretraining.prefix=text"], "0.01 of batch_size 32 is 0 rows; both kinds of rows need one"),
-    ("sft", ["pretraining_mix=0.99", "data.pretraining.prefix=text"], "pretraining_mix 0.99 of batch_size 32 is 32 rows"),
     ("sft", ["pretraining_mix=1", "data.pretraining.prefix=text"], "pretraining_mix must be in [0, 1), got 1.0"),
     ("sft", ["dropout=1"], "dropout must be in [0, 1), got 1.0"),
     ("sft", ["select_by=valid_loss", "run.eval_every=5"], "select_by valid_loss needs data.valid"),
@@ -84,7 +82,8 @@ RULES = [
     ("pretrain", ["data.seq_len=1"], "data.seq_len must be at least 2, got 1"),
     ("pretrain", ["run.keep_checkpoints=0"], "run.keep_checkpoints must be at least 1, got 0"),
     ("evaluate", ["prompts=null"], "prompts, demonstrations, rankings or text must be given: there is nothing to evaluate on"),
-    ("evaluate", ["prompts=null", "rankings=r", "reward.load=x"], "reward and reference judge responses: they need prompts"),
+    ("evaluate", ["prompts=null", "rankings=r", "reference.load=x"], "reference judges responses: it needs prompts"),
+    ("evaluate", ["prompts=null", "demonstrations=d", "reward.load=x"], "reward judges responses or rankings: it needs prompts or"),
 ]
 
 

@@ -21,6 +21,16 @@ def test_each_epoch_is_a_permutation_whatever_the_step(num_items, step):
         assert len({tuple(epoch) for epoch in [*epochs, range(100), ShuffledOrder(100, seed=6).take(100)]}) == 6
 
 
+@pytest.mark.parametrize("num_items, batch", [(1, 1), (9, 8), (9, 3), (3, 64), (100, 7)])
+def test_a_batch_is_of_one_epoch(num_items, batch):
+    order, whole = ShuffledOrder(num_items, seed=5), ShuffledOrder(num_items, seed=5)
+    for epoch in range(3):
+        assert order.epoch == epoch
+        batches = [order.take_batch(batch) for _ in range(-(-num_items // batch))]
+        assert [len(taken) for taken in batches[:-1]] == [batch] * (len(batches) - 1)
+        assert [item for taken in batches for item in taken] == whole.take(num_items)
+
+
 def test_resuming_anywhere_equals_going_on():
     for before in range(25):
         order, resumed = ShuffledOrder(9, seed=3), ShuffledOrder(9, seed=3)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megarlhf.data import pretraining
 from megarlhf.data.pretraining import PretrainingStream, held_out_rows, write_corpus
 from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 
@@ -50,9 +52,10 @@ def test_each_epoch_holds_exactly_the_packed_corpus(corpus, seq_len):
         orders.append([tuple(row) for row in batch.tokens.tolist()])
         assert sorted(orders[-1]) == sorted(expected)
     assert orders[0] != orders[1] != orders[2] != expected
-    held_out = held_out_rows(corpus, seq_len=seq_len, max_rows=3, **KINDS)
+    held_out, fingerprint = held_out_rows(corpus, seq_len=seq_len, max_rows=3, **KINDS)
+    assert fingerprint == stream.fingerprint
     assert [tuple(row) for row in held_out.tokens.tolist()] == expected[:3]
-    assert held_out_rows(corpus, seq_len=seq_len, max_rows=10**9, **KINDS).num_rows == len(expected)
+    assert held_out_rows(corpus, seq_len=seq_len, max_rows=10**9, **KINDS)[0].num_rows == len(expected)
 
 
 @pytest.mark.parametrize("before", [0, 3, 50])
@@ -87,7 +90,7 @@ def test_an_unusable_corpus_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="document 0 of .* ends with token 7, not with EOS 8"):
         open_stream(eos_id=8)
     with pytest.raises(ValueError, match="vocabulary ids 0..99: another tokenizer"):
-        open_stream(vocab_size=100).take(5)
+        open_stream(vocab_size=100)
     content = Path(f"{corpus}.bin").read_bytes()
     Path(f"{corpus}.bin").write_bytes(content[:-4])
     with pytest.raises(ValueError, match="its index describes"):
@@ -95,6 +98,107 @@ def test_an_unusable_corpus_is_refused(corpus, tmp_path):
     Path(f"{corpus}.idx").write_bytes(b"not an index")
     with pytest.raises(ValueError, match="not an index of documents"):
         open_stream()
+
+
+HEAD = "<9sQBQQ"
+
+
+def packed_index(path, **changes):
+    """An index's head with some of its parts replaced."""
+    parts = dict(zip(("magic", "version", "code", "sequences", "indices"), struct.unpack_from(HEAD, path.read_bytes()), strict=True))
+    return struct.pack(HEAD, *(parts | changes).values())
+
+
+def edited(content, at, value, form):
+    return content[:at] + struct.pack(form, value) + content[at + struct.calcsize(form) :]
+
+
+def damaged_indices(path):
+    """What it is -> (an index that is damaged so, what is said of it)."""
+    whole = path.read_bytes()
+    size, n = struct.calcsize(HEAD), 40
+    body, starts, indices = whole[size:], size + 4 * n, size + 12 * n
+    rng = random.Random(1)
+    return {
+        "random": (rng.randbytes(500), "is not an index of documents"),
+        "empty": (b"", "missing or empty"),
+        "short": (whole[:20], "is not an index of documents"),
+        "cut": (whole[:-1], "cut or damaged"),
+        "half": (whole[: len(whole) // 2], "cut or damaged"),
+        "longer": (whole + b"\0", "cut or damaged"),
+        "version": (packed_index(path, version=2) + body, "version 2"),
+        "unknown type": (packed_index(path, code=77) + body, "ids of type 77"),
+        "floats": (packed_index(path, code=6) + body, "ids of type 6"),
+        "another type": (packed_index(path, code=8) + body, "sequence 1 starts at byte"),
+        "huge count": (packed_index(path, sequences=2**60) + body, "cut or damaged"),
+        "huge indices": (packed_index(path, indices=2**64 - 1) + body, "cut or damaged"),
+        "nothing": (packed_index(path, sequences=0, indices=0), "no document"),
+        "negative length": (edited(whole, size + 8, -3, "<i"), "sequence 2 has a length of -3"),
+        "long length": (edited(whole, size + 8, 2**31 - 1, "<i"), "sequence 3 starts at byte"),
+        "offset out of range": (edited(whole, starts + 8 * 5, 2**62, "<q"), "sequence 5 starts at byte"),
+        "negative offset": (edited(whole, starts, -4, "<q"), "sequence 0 starts at byte -4"),
+        "document out of range": (edited(whole, indices + 8 * n, n + 1, "<q"), "document indices do not rise"),
+        "documents not in order": (edited(whole, indices + 8, 39, "<q"), "document indices do not rise"),
+    }
+
+
+def test_a_damaged_index_is_refused_by_its_name(corpus):
+    path = Path(f"{corpus}.idx")
+    for what, (content, said) in damaged_indices(path).items():
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"corpus.idx.*{said}"):
+            pytest.fail(f"{what}: {PretrainingStream(corpus, seq_len=16, seed=1, **KINDS)}")
+        path.write_bytes(whole)
+    rng = random.Random(2)
+    for _ in range(300):  # any byte of it: refused, or harmless
+        content = bytearray(whole)
+        content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert PretrainingStream(corpus, seq_len=16, seed=1, **KINDS).num_rows == len(packed(16))
+        except ValueError as error:
+            assert "corpus" in str(error)
+
+
+@pytest.mark.parametrize("at", [0, 17, -2])
+@pytest.mark.parametrize("bad", [VOCAB, 2**31 - 1, -1])
+def test_an_id_outside_the_vocabulary_is_found_before_it_is_drawn(corpus, at, bad):
+    ids = np.fromfile(f"{corpus}.bin", dtype=np.int32)
+    ids[at] = bad
+    ids.tofile(f"{corpus}.bin")
+    with pytest.raises(ValueError, match=f"corpus has token ids in .*{bad}.*the vocabulary ids 0..{VOCAB - 1}"):
+        PretrainingStream(corpus, seq_len=16, seed=1, **KINDS)
+
+
+def test_a_fingerprint_is_of_the_content(corpus, tmp_path):
+    def fingerprint(ids, name="other"):
+        write_corpus(tmp_path / name, ids, **KINDS)
+        return PretrainingStream(tmp_path / name, seq_len=16, seed=1, **KINDS).fingerprint
+
+    same = fingerprint(documents())
+    assert same == PretrainingStream(corpus, seq_len=32, seed=2, **KINDS).fingerprint
+    changed = documents()
+    changed[3][0] += 1
+    moved = documents()
+    moved[0], moved[1] = moved[0] + moved[1][:1], moved[1][1:] or [9]
+    assert len({same, fingerprint(changed), fingerprint(moved), fingerprint(documents()[::-1])}) == 4
+
+
+def test_a_huge_corpus_is_read_in_blocks_from_its_first_byte_to_its_last(corpus, monkeypatch):
+    values = np.arange(1000, dtype=np.int32)
+    monkeypatch.setattr(pretraining, "BLOCK_BYTES", 40)
+    assert np.concatenate(list(pretraining._blocks(values))).tolist() == values.tolist()
+    monkeypatch.setattr(pretraining, "SCANNED_BYTES", 400)
+    blocks = list(pretraining._blocks(values))
+    assert len(blocks) == 10 and blocks[0][0] == 0 and blocks[-1][-1] == 999 and all(len(block) == 10 for block in blocks)
+    assert np.ptp(np.diff([block[0] for block in blocks])) <= 10
+
+
+def test_a_document_with_an_end_inside_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="document 1 has EOS 7 among its tokens"):
+        write_corpus(tmp_path / "c", [[8], [9, EOS, 9]], **KINDS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -122,6 +226,7 @@ def test_the_tool_writes_the_documents_and_counts_what_it_skips(tmp_path, tool_r
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_data.py"), *args, "--on-bad-record", "skip"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "the tokenizer loses text" not in done.stdout
     assert "kept 21 of 22 records, skipped 1 (1 empty text)" in done.stdout and "a.jsonl:3: empty text" in done.stdout
     tokenizer, dataset = load_tokenizer(model), IndexedDataset(str(tmp_path / "out" / "corpus"))
     assert [tokenizer.decode(dataset[i]) for i in range(len(dataset))] == [*texts, "one\n\ndocument"]

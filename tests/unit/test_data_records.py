@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 
+from megarlhf.data.collation import ranking_batch
 from megarlhf.data.records import BadRecord, Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
-from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows
+from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows, rows_fingerprint
+from megarlhf.data.tokenizers import UnwritableText
 
 
 def write(path, *lines):
@@ -23,7 +25,11 @@ BAD_ANYWHERE = [
     (b'{"prompt": ' + b"[" * 100_000 + b"\n", "broken JSON"),
     (b'{"prompt": ' + b"1" * 5000 + b"}\n", "broken JSON"),
     (b'{"prompt": "\xff"}\n', "invalid UTF-8"),
-    (b'\xef\xbb\xbf{"prompt": "x"}\n', "broken JSON"),
+    (b'{"prompt": "x", "prompt": "y"}\n', "broken JSON"),
+    (b'{"prompt": "x", "responses": [{"a": 1, "a": 1}]}\n', "broken JSON"),
+    (b'{"prompt": "x", "score": NaN}\n', "broken JSON"),
+    (b'{"prompt": "x", "scores": [1, -Infinity]}\n', "broken JSON"),
+    (b'{"prompt": "x", "score": 1e999}\n', "broken JSON"),
     (["prompt"], "not an object"),
     (None, "not an object"),
     ({}, "missing field"),
@@ -59,6 +65,11 @@ BAD_RANKINGS = [
     ({"prompt": "x", "responses": ["a", "b"], "ranks": [1.0, 2]}, "bad rank"),
     ({"prompt": "x", "responses": ["a", "b"], "ranks": [True, 2]}, "bad rank"),
     ({"prompt": "x", "responses": ["a", "b"], "ranks": ["1", 2]}, "bad rank"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1, 10**30]}, "bad rank"),
+    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2**63]}, "bad rank"),
+    ({"prompt": "x", "chosen": "a", "rejected": "a"}, "a response better than itself"),
+    ({"prompt": "x", "responses": ["a", "b", "a"], "ranks": [1, 2, 2]}, "a response better than itself"),
+    ({"prompt": "x", "chosen": "a", "rejected": "b", "responses": ["a", "b"], "ranks": [2, 1]}, "two rankings in one"),
 ]
 BAD_PROMPTS = [({"prompt": "x", "id": True}, "wrong type"), ({"prompt": "x", "id": 1.5}, "wrong type")]
 CASES = [(read, *case) for read in GOOD for case in BAD_ANYWHERE]
@@ -104,8 +115,22 @@ def test_good_records_come_back_whole(tmp_path):
     assert str(report) == f"{path}: kept 2 of 2 records"
     path = write(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q", "id": "x7"}, {"prompt": "r", "id": 8}, b'{"prompt": "no newline"}')
     records, _ = read_prompts(path)
-    assert records[1:3] == [Prompt("q", f"{path}:2", "x7"), Prompt("r", f"{path}:3", 8)]
+    assert records[1:3] == [Prompt("q", f"{path}:2", {"id": "x7"}), Prompt("r", f"{path}:3", {"id": 8})]
     assert records[3].prompt == "no newline"
+
+
+@pytest.mark.parametrize("read", GOOD)
+def test_a_byte_order_mark_is_no_text(tmp_path, read):
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf", GOOD[read], GOOD[read], b"\xef\xbb\xbf", GOOD[read])
+    assert [record.source for record in read(path)[0]] == [f"{path}:{line}" for line in (1, 2, 3)]
+    with pytest.raises(BadRecord, match="no record"):
+        read(write(path, b"\xef\xbb\xbf"))
+
+
+def test_the_largest_rank_and_one_response_twice_at_one_rank_are_fine(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "responses": ["a", "b", "a"], "ranks": [2**63 - 1, 1, 2**63 - 1]})
+    [row], _ = ranking_rows(read_rankings(path)[0], Letters(), max_prompt_len=3, max_response_len=3)
+    assert ranking_batch([row], pad_id=1).ranks.tolist() == [2**63 - 1, 1, 2**63 - 1]
 
 
 def test_a_wrong_policy_is_refused_and_a_bad_record_can_be_pickled(tmp_path):
@@ -118,7 +143,7 @@ def test_a_wrong_policy_is_refused_and_a_bad_record_can_be_pickled(tmp_path):
 class Letters:
     """One token per letter; spaces give none."""
 
-    vocab_size, eos_id, pad_id = 128, 0, 1
+    vocab_size, eos_id, pad_id, unk_id = 128, 0, 1, None
 
     def encode(self, text):
         return [ord(character) for character in text if character != " "]
@@ -134,8 +159,8 @@ def test_rows_hold_the_tokens_with_eos_up_to_the_very_limit():
     assert str(report) == "f: kept 1 of 1 records"
     [row], _ = ranking_rows([Ranking("a", ("de", "f"), (2, 1), "f:1")], Letters(), **limits)
     assert ([list(ids) for ids in row.response_ids], row.ranks) == ([[100, 101, 0], [102, 0]], (2, 1))
-    [row], _ = prompt_rows([Prompt("abc", "f:1", "x")], Letters(), max_prompt_len=3)
-    assert (list(row.prompt_ids), row.id) == ([97, 98, 99], "x")
+    [row], _ = prompt_rows([Prompt("abc", "f:1", {"id": "x", "topic": [1]})], Letters(), max_prompt_len=3)
+    assert (list(row.prompt_ids), row.fields) == ([97, 98, 99], {"id": "x", "topic": [1]})
 
 
 @pytest.mark.parametrize(
@@ -159,6 +184,80 @@ def test_rows_out_of_limits_are_refused_with_their_line_or_counted(prompt, respo
         assert report.skipped_by_reason == {reason: 1} and report.num_records == 2
         with pytest.raises(BadRecord, match="^f: no usable record"):
             rows(records[1:], Letters(), **limits, on_bad_record="skip")
+
+
+def test_one_response_to_the_model_is_one_response():
+    limits = {"max_prompt_len": 3, "max_response_len": 3}
+    with pytest.raises(BadRecord, match="^f:2: a response better than itself: responses 0 and 2 are one text, ranked 1 and 3"):
+        ranking_rows([Ranking("a", ("b", "c"), (1, 2), "f:1"), Ranking("a", ("b", "c", " b"), (1, 2, 3), "f:2")], Letters(), **limits)
+
+
+class Lossy(Letters):
+    """Knows lower case only."""
+
+    unk_id = 2
+
+    def encode(self, text):
+        return [ord(character) if character in "abcdefghij " else 2 for character in text]
+
+    def decode(self, ids):
+        return "".join("?" if i == 2 else chr(i) for i in ids if i > 1)
+
+
+def test_what_the_tokenizer_loses_is_counted_with_an_example():
+    limits = {"max_prompt_len": 30, "max_response_len": 30}
+    records = [Demonstration("a b", "c", "f:1"), Demonstration("a\nb", "cDE", "f:2"), Demonstration("a", "F", "f:3")]
+    _, report = demonstration_rows(records, Lossy(), **limits)
+    numbers = "4 tokens for unknown text in 3 of 6 texts; 3 of 6 texts do not come back as they were"
+    assert report.lost == rf"the tokenizer loses text: {numbers} (the first: f:2, prompt: 'a\nb' becomes 'a?b')"
+    spaces = [Prompt("ab", "g:1"), Prompt("a really long b c", "g:9")]
+    _, report = prompt_rows(spaces, Letters(), max_prompt_len=30)
+    assert report.lost == (
+        "the tokenizer loses text: 1 of 2 texts do not come back as they were (the first: g:9, prompt: 'a really long b c' becomes "
+        "'areallylongbc')"
+    )
+    assert ranking_rows([Ranking("a", ("b", "c"), (1, 2), "f:1")], Letters(), **limits)[1].lost == ""
+
+
+class Ending(Letters):
+    """Has no way to write a z but its end."""
+
+    def encode(self, text):
+        if "z" in text:
+            raise UnwritableText("only its control token 0")
+        return super().encode(text)
+
+
+def test_a_text_that_would_end_itself_is_refused_with_its_line_or_counted():
+    records = [Prompt("a", "g:1"), Prompt("az", "g:2")]
+    with pytest.raises(BadRecord, match="^g:2: unwritable text: prompt: only its control token 0"):
+        prompt_rows(records, Ending(), max_prompt_len=3)
+    kept, report = prompt_rows(records, Ending(), max_prompt_len=3, on_bad_record="skip")
+    assert [row.source for row in kept] == ["g:1"] and report.skipped_by_reason == {"unwritable text": 1}
+
+
+def test_the_fingerprint_of_rows_is_of_their_ids_and_ranks():
+    limits = {"max_prompt_len": 9, "max_response_len": 9}
+
+    def of(*records):
+        rows = {Prompt: lambda r: prompt_rows(r, Letters(), max_prompt_len=9)}.get(type(records[0]))
+        convert = demonstration_rows if isinstance(records[0], Demonstration) else ranking_rows
+        return rows_fingerprint((rows(records) if rows else convert(records, Letters(), **limits))[0])
+
+    assert of(Prompt("ab", "f:1"), Prompt("c", "f:2")) == of(Prompt("a b", "g:7", {"id": 3}), Prompt("c", "g:9"))
+    differing = [
+        of(Prompt("ab", "f:1"), Prompt("c", "f:2")),
+        of(Prompt("c", "f:1"), Prompt("ab", "f:2")),
+        of(Prompt("a", "f:1"), Prompt("bc", "f:2")),
+        of(Prompt("abc", "f:1")),
+        of(Demonstration("ab", "c", "f:1")),
+        of(Demonstration("a", "bc", "f:1")),
+        of(Ranking("a", ("b", "c"), (1, 2), "f:1")),
+        of(Ranking("a", ("b", "c"), (2, 1), "f:1")),
+        of(Ranking("a", ("b", "c"), (1, 1), "f:1")),
+        of(Ranking("a", ("c", "b"), (1, 2), "f:1")),
+    ]
+    assert len(set(differing)) == len(differing)
 
 
 def test_prompts_out_of_limits_are_refused_or_counted():

@@ -1,6 +1,8 @@
 """Evaluations, with models that are tables: what is counted, and how it is divided."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 from megarlhf.batch import Prompts, RankingBatch, Rollouts, TextBatch
 from megarlhf.config.sections import HeldOutTextConfig, SamplingConfig
+from megarlhf.data.tokenized import PromptRow
 from megarlhf.evaluation.rankings import ranking_metrics
-from megarlhf.evaluation.responses import Judged, ResponseJudge, response_records
+from megarlhf.evaluation.responses import Judged, ResponseJudge, response_lines, response_records
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import win_rate
 
@@ -60,7 +63,7 @@ class Fixed:
 
 
 def test_rankings_are_counted_by_prompt_and_by_pair():
-    ranks, prompt_index = torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    ranks, prompt_index = torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 1, 1, 2, 2])  # the second prompt ties
     batch = RankingBatch(tokens=torch.zeros(7, 2).long(), lengths=torch.full((7,), 2), ranks=ranks, prompt_index=prompt_index)
     metrics, scores = ranking_metrics(Table(1), batch), Table(1).scores(batch)
     losses, right = [], []
@@ -69,8 +72,10 @@ def test_rankings_are_counted_by_prompt_and_by_pair():
         gaps = [float(scores[i] - scores[j]) for i, j in itertools.permutations(rows, 2) if ranks[i] < ranks[j]]
         losses.append(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps) if gaps else 0.0)
         right += [gap > 0 for gap in gaps]
-    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 3, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
+    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
     assert len(right) == 4
+    tied = dataclasses.replace(batch, ranks=torch.ones(7).long())
+    assert ranking_metrics(Table(1), tied) == {}
 
 
 def test_text_loss_is_the_mean_over_what_counts():
@@ -124,6 +129,37 @@ def test_responses_as_text():
         {"prompt": "d", "response": "efgh", "finished": False, "reward": -2.0},
         {"prompt": "aa", "response": "", "finished": True, "reward": 0.5},
     ]
+
+
+class Counting(Letters):
+    """Counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids):
+        self.decoded += 1
+        return super().decode(ids)
+
+
+def test_only_the_responses_that_are_kept_are_decoded():
+    tokenizer = Counting()
+    assert [record["prompt"] for record in response_records(rollouts(), tokenizer, first=2)] == ["ab", "d"]
+    assert tokenizer.decoded == 4 and len(response_records(rollouts(), tokenizer, first=9)) == 3
+
+
+def test_what_a_prompt_says_besides_stands_beside_its_answer():
+    fields = [
+        {"id": 7, "topic": ["x"]},
+        {"response": "given", "reward": None, "finished": 1},
+        {"kl": 1, "input_kl": 2, "input_input_kl": 3},
+    ]
+    judged = Judged(rollouts(), torch.tensor([1.0, -2.0, 0.5]), None)
+    prompts = [PromptRow([], f"f:{i}", more) for i, more in enumerate(fields)]
+    records = [json.loads(line) for line in response_lines(judged, Letters(), prompts).splitlines()]
+    plain = response_records(rollouts(), Letters(), reward=judged.scores)
+    assert records[0] == plain[0] | {"id": 7, "topic": ["x"]}
+    assert records[1] == plain[1] | {"input_response": "given", "input_reward": None, "input_finished": 1}
+    assert records[2] == plain[2] | {"input_kl": 2, "input_input_kl": 3, "input_input_input_kl": 1}
 
 
 def test_win_rate_is_a_wilson_interval():

@@ -1,0 +1,115 @@
+"""Tokenizer models rewritten so that no text can yield a control piece: the end of a text, padding, and their like.
+
+A tokenizer's file decides which pieces match text, and many match too much: a user-defined symbol, an added token that is not
+marked special, a vocabulary entry that the model finds by itself. Here those of them that mean something to the program are
+taken out of what can match; their ids stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+
+import tokenizers
+
+PIECES_FIELD = 1  # sentencepiece_model.proto: ModelProto.pieces
+LENGTH_DELIMITED = 2  # protobuf's wire type of messages and strings
+TYPE_IS_CONTROL = b"\x18\x03"  # SentencePiece.type = CONTROL, as protobuf writes it; of a field that comes twice the last counts
+
+
+def sentencepiece_without(model: bytes, ids: Collection[int]) -> bytes:
+    """A serialized sentencepiece model in which the pieces `ids` are control pieces, which no text matches.
+
+    ValueError where the bytes are not a model.
+    """
+    rewritten, number = bytearray(), 0
+    for tag, start, body, end in _fields(model):
+        if tag == (PIECES_FIELD << 3 | LENGTH_DELIMITED):
+            if number in ids:
+                piece = model[body:end] + TYPE_IS_CONTROL
+                rewritten += _varint(tag) + _varint(len(piece)) + piece
+                start = end
+            number += 1
+        rewritten += model[start:end]
+    return bytes(rewritten)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(tag, where the field starts, where its content starts, where it ends) of a protobuf message's fields."""
+    at = 0
+    while at < len(message):
+        start = at
+        tag, at = _read_varint(message, at)
+        wire_type, body = tag & 7, at
+        if wire_type == LENGTH_DELIMITED:
+            length, body = _read_varint(message, at)
+            at = body + length
+        elif wire_type == 0:
+            _, at = _read_varint(message, at)
+        elif wire_type in (1, 5):
+            at += 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"byte {start} starts no field of a sentencepiece model")
+        if at > len(message):
+            raise ValueError("the file ends in the middle of a piece")
+        yield tag, start, body, at
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(message):
+        value |= (message[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+        if not message[at - 1] & 0x80:
+            return value, at
+    raise ValueError("the file ends in the middle of a number")
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def huggingface_without(model: tokenizers.Tokenizer, ids: Collection[int]) -> tokenizers.Tokenizer:
+    """A tokenizer of the `tokenizers` package whose tokens `ids` match no text.
+
+    An added token becomes special, and special tokens are not looked for in a text. An entry of the model's own vocabulary,
+    which the model would find even then, gets a name that is a hash.
+    """
+    tree = json.loads(model.to_str())
+    tree["post_processor"] = None  # it adds special tokens, which we never ask for
+    hidden = _hide(tree["model"], ids)
+    kept = []
+    for token in tree["added_tokens"]:
+        if token["id"] not in hidden:
+            kept.append(token | {"special": token["special"] or token["id"] in ids})
+    tree["added_tokens"] = kept  # a hidden one would otherwise be added again, under a new id
+    rewritten = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    rewritten.encode_special_tokens = True
+    return rewritten
+
+
+def _hide(model: dict, ids: Collection[int]) -> set[int]:
+    """Rename the entries `ids` of a model's vocabulary, in place; returns those that it had."""
+    vocab = model["vocab"]
+    names = list(enumerate(name for name, _ in vocab)) if isinstance(vocab, list) else [(id_, name) for name, id_ in vocab.items()]
+    new_name = {name: f"control {id_} {hashlib.sha256(name.encode()).hexdigest()}" for id_, name in names if id_ in ids}
+    if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
+        model["vocab"] = [[new_name.get(name, name), score] for name, score in vocab]
+    else:
+        model["vocab"] = {new_name.get(name, name): id_ for name, id_ in vocab.items()}
+    if model.get("unk_token") in new_name:
+        model["unk_token"] = new_name[model["unk_token"]]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if new_name.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
+        ]
+    return {id_ for id_, _ in names if id_ in ids}

@@ -1,0 +1,47 @@
+"""Answers in a run's folder stand there with the input that they belong to, and are not written over by those to another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megarlhf.config.loader import to_dict
+from megarlhf.config.stages import EvaluateConfig, GenerateConfig
+from megarlhf.data.tokenized import PromptRow
+from megarlhf.runs.folder import Run
+from megarlhf.storage.files import read_json
+
+ANSWERS_FILE = "responses.jsonl"
+INPUTS_FILE = "inputs.json"
+
+
+def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str, str], prompts: Sequence[PromptRow]) -> dict[str, Any]:
+    """What decides which answers a run gives to which questions, and in what form: plain values by name."""
+    fields = json.dumps([dict(row.fields) for row in prompts]).encode()
+    model = {name: getattr(config.model, name) for name in ("load", "load_model", "load_average")}
+    sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name != "max_batch_size"}
+    return {
+        "model": model,
+        "tokenizer": fingerprints["tokenizer"],
+        "prompts": fingerprints.get("prompts"),
+        "fields of prompts": hashlib.sha256(fields).hexdigest(),
+        "sampling": sampling,
+        "run.seed": config.run.seed,
+    }
+
+
+def answers_to_other_input(run: Run, inputs: Mapping[str, Any]) -> list[str]:
+    """What speaks against writing this input's answers into a run's folder, on the rank that writes: those to another one."""
+    if not run.is_writer or not (run.dir / ANSWERS_FILE).exists():
+        return []
+    way_out = "choose another run.dir, or remove that file"
+    if not (run.dir / INPUTS_FILE).exists():
+        return [f"run.dir: {run.dir / ANSWERS_FILE} holds answers, and nothing says to what; {way_out}"]
+    try:
+        before = read_json(run.dir / INPUTS_FILE)
+    except ValueError as error:
+        return [f"run.dir: {error}"]
+    differing = [name for name, value in inputs.items() if before.get(name) != value]
+    return [f"run.dir: {run.dir / ANSWERS_FILE} holds answers to other input ({', '.join(differing)}); {way_out}"] if differing else []
