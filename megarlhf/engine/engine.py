@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarlhf.batch import Rows
 from megarlhf.engine.batching import micro_batch_rows
-from megarlhf.engine.schedule import run_schedule, schedule_violations
+from megarlhf.engine.schedule import run_schedule
 from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
@@ -24,8 +24,6 @@ class Engine:
     """
 
     def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int) -> None:
-        if found := schedule_violations(groups.layout):
-            raise ValueError("; ".join(found))
         self.spec = spec
         self.groups = groups
         self.micro_batch_size = micro_batch_size

@@ -178,14 +178,11 @@ def _transformer_config(spec: ModelSpec, groups: ModelGroups) -> TransformerConf
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
         calculate_per_token_loss=True,  # losses are sums divided by one global count, see engine/schedule.py
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        batch_p2p_sync=False,
         attention_backend=AttnBackend.unfused,
         **recompute,
     )

@@ -1,6 +1,7 @@
 """Process groups, collectives and vocabulary-parallel log-probabilities on gloo ranks."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import any_rank, broadcast_object, gather_rows, largest, sum_over_copies, sum_over_data_parallel
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.pipeline import StageCommunicator
 from megarlhf.parallel.seed import derive_seed
 from megarlhf.parallel.vocab import vocab_parallel_entropy, vocab_parallel_logprobs
 
@@ -66,6 +68,30 @@ def check_collectives():
 
 def test_collectives_do_what_they_mean(ranks4):
     ranks4.run(check_collectives)
+
+
+def check_messages(virtual_pp):
+    """Each stage sends the other an activation and a gradient at once; they are received one by one, the gradient first."""
+    world = World.connect()
+    groups = world.groups(world.layout(pp=2, virtual_pp=virtual_pp))
+    config = SimpleNamespace(pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=virtual_pp)
+    shape = (2, 3, 4)
+    communicator = StageCommunicator(groups, config, activations=[shape], gradients=[shape])
+    activation, gradient = torch.full(shape, 1.0 + world.rank), torch.full(shape, -1.0 - world.rank)
+    nothing = {"tensor_send_next": None, "tensor_send_prev": None, "recv_prev": False, "recv_next": False}
+    if world.rank == 0:
+        communicator._communicate(**nothing | {"tensor_send_next": activation, "tensor_send_prev": gradient})
+        assert not communicator.is_done
+        return
+    _, back, _ = communicator._communicate(**nothing | {"recv_next": True})
+    forward, _, _ = communicator._communicate(**nothing | {"recv_prev": True})
+    assert (back == -1).all() and (forward == 1).all() and communicator.is_done
+    assert forward.requires_grad
+
+
+@pytest.mark.parametrize("virtual_pp", [2, 3])
+def test_stages_tell_activations_from_gradients_in_whatever_order_they_come(ranks2, virtual_pp):
+    ranks2.run(check_messages, virtual_pp)
 
 
 def check_vocab(vocab_size, padded, dtype, temperature):
