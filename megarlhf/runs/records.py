@@ -20,6 +20,7 @@ from megarlhf.data.tokenized import (
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.evaluation.text import HeldOutText
 from megarlhf.parallel.groups import World
+from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.agreement import refuse_together
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Records:
 
     def text(self, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
         """Packed text without end; None where it cannot be read."""
-        return _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=seed, **self._ids())
+        return _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=derive_seed(seed, "text"), **self._ids())
 
     def held_out(self, data: HeldOutTextConfig | None) -> HeldOutText:
         """Held-out text, where there is any."""

@@ -91,8 +91,8 @@ def _judged(
 ) -> Judged:
     prompts = prompt_batch(rows, pad_id=tokenizer.pad_id)
     generator = generator_of(engine, tokenizer)
-    judge = ResponseJudge(generator, prompts, config.sampling, seed=config.run.seed, reward=reward, reference=reference, policy=engine)
-    return judge.judge()
+    how = {"seed": config.run.seed, "purpose": config.stage}
+    return ResponseJudge(generator, prompts, config.sampling, **how, reward=reward, reference=reference, policy=engine).judge()
 
 
 def _lines(judged: Judged, tokenizer: Tokenizer) -> str:

@@ -13,7 +13,7 @@ from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.pipeline import StageCommunicator
 from megarlhf.parallel.seed import derive_seed
-from megarlhf.parallel.vocab import vocab_parallel_entropy, vocab_parallel_logprobs
+from megarlhf.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropy
 
 LAYOUTS = [{"tp": tp, "pp": pp} for tp, pp in itertools.product((1, 2, 4), (1, 2, 4)) if tp * pp <= 4]
 AXES = {"tp": "tp", "dp": "dp", "pp": "pp", "copy": "tp,pp", "outputs": "dp,pp", "world": "tp,dp,pp"}
@@ -127,7 +127,11 @@ def vocab_of(world, tp, vocab_size, padded, dtype, temperature):
     torch.testing.assert_close(local.grad.float(), grad.to(dtype).float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     assert (local.grad[..., max(0, vocab_size - first) :] == 0).all()
 
-    entropy = vocab_parallel_entropy(local.detach(), **how)
+    again, entropy = vocab_parallel_logprobs_and_entropy(local, targets, **how)
+    assert torch.equal(again, found) and not entropy.requires_grad
+    before_entropy, local.grad = local.grad, None
+    (again * weights).sum().backward()
+    assert torch.equal(local.grad, before_entropy)
     torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum(-1).detach(), rtol=1e-5, atol=1e-5)
     return found.detach(), entropy
 
