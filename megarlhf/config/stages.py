@@ -231,7 +231,8 @@ class PpoSettings:
     """Score of a response that did not end within its limit (Ziegler et al. 2019: -1); null keeps the reward model's."""
     recompute_logprobs: bool = True
     """Take the acting policy's log-probabilities from a forward pass of the trainer, so that the first minibatch's ratio is
-    exactly 1; false takes the generator's, the same model's up to rounding, and saves that pass."""
+    exactly 1 in every precision: it scores the micro-batches that the first epoch trains. false takes the generator's, the
+    same model's up to the rounding of its precision, and saves that pass."""
     warmup_iterations: int = 10
     """Iterations over which both learning rates rise linearly from a tenth; constant after."""
     ema_decay: float = 0.992

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megarlhf.batch import Rows
 from megarlhf.engine.batching import micro_batch_rows
-from megarlhf.engine.schedule import run_schedule, schedule_violations
+from megarlhf.engine.schedule import run_schedule
+from megarlhf.engine.terms import Output
 from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
-from megarlhf.parallel.vocab import vocab_parallel_logprobs
+from megarlhf.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropy
 
 
 class Engine:
@@ -24,8 +25,6 @@ class Engine:
     """
 
     def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int) -> None:
-        if found := schedule_violations(groups.layout):
-            raise ValueError("; ".join(found))
         self.spec = spec
         self.groups = groups
         self.micro_batch_size = micro_batch_size
@@ -37,26 +36,41 @@ class Engine:
         """Canonical name -> this rank's shard."""
         return named_parameters(self.transformers, self.groups)
 
-    def logprobs(self, batch: Rows, positions: Tensor, *, temperature: float = 1.0) -> Tensor:
+    def logprobs(
+        self, batch: Rows, positions: Tensor, *, temperature: float = 1.0, minibatches: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """log pi(tokens[:, t + 1] | tokens[:, : t + 1]) where `positions` [batch, seq - 1] is True, 0 elsewhere.
 
-        pi is softmax(logits / temperature). Returns: [batch, seq - 1] float32 on the host.
+        pi is softmax(logits / temperature). With `minibatches` (row numbers, each row in one) the micro-batches are those
+        of steps on these minibatches one after the other, and the numbers those that a step would see, bit for bit.
+        Returns: [batch, seq - 1] float32 on the host.
         """
-        return self._forward(batch, "logprobs", positions, temperature)
+        return self._forward(batch, "logprobs", positions, temperature, minibatches)
 
-    def values(self, batch: Rows, positions: Tensor) -> Tensor:
-        """The scalar head at position t, where `positions` [batch, seq - 1] is True, 0 elsewhere; [batch, seq - 1] float32."""
-        return self._forward(batch, "values", positions)
+    def values(self, batch: Rows, positions: Tensor, *, minibatches: Sequence[Tensor] | None = None) -> Tensor:
+        """The scalar head at position t, where `positions` [batch, seq - 1] is True, 0 elsewhere; [batch, seq - 1] float32.
+
+        minibatches: see `logprobs`.
+        """
+        return self._forward(batch, "values", positions, minibatches=minibatches)
 
     def scores(self, batch: Rows) -> Tensor:
         """The scalar head at the last token of each row: [batch] float32 on the host."""
         return self._forward(batch, "scores", None)
 
     @torch.no_grad()
-    def _forward(self, batch: Rows, output: str, positions: Tensor | None, temperature: float = 1.0) -> Tensor:
+    def _forward(
+        self,
+        batch: Rows,
+        output: Output,
+        positions: Tensor | None,
+        temperature: float = 1.0,
+        minibatches: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         for chunk in self.chunks:
             chunk.eval()
-        shares = micro_batch_rows(batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
+        dp, size = self.groups.layout.dp, self.micro_batch_size
+        shares = micro_batch_rows(batch, dp=dp, micro_batch_size=size, minibatches=minibatches)
         mine = padded_share(shares[self.groups.coordinates.dp], self.groups)
         pieces = [batch.rows(index) for index in mine]
 
@@ -85,28 +99,41 @@ class Engine:
         return gather_rows(computed, index.to(computed.device), batch.num_rows, self.groups).cpu()
 
     def output(
-        self, model: Transformer, hidden: Tensor, piece: Rows, output: str, positions: Tensor | None, temperature: float
+        self, model: Transformer, hidden: Tensor, piece: Rows, output: Output, positions: Tensor | None, temperature: float
     ) -> Tensor:
-        """One micro-batch's output from the last hidden states [seq, rows, h]: see `Loss.output` for the shapes."""
+        """One micro-batch's output from the last hidden states [seq, rows, h]: see `Loss.output` for the shapes.
+
+        `piece` and `positions` are on the host.
+        """
         if output == "logprobs":
-            return self._logprobs_at(model, hidden, piece.tokens.to(hidden.device), positions.to(hidden.device), temperature)
+            return self._predictions(model, hidden, piece.tokens, positions, temperature)[0]
+        if output == "logprobs and entropy":
+            return self._predictions(model, hidden, piece.tokens, positions, temperature, entropy_too=True)
         values = model.scalars(hidden)  # [rows, seq]
         if output == "scores":
             return values.gather(1, (piece.lengths - 1).to(values.device).unsqueeze(1)).squeeze(1)
         return torch.where(positions.to(values.device), values[:, : piece.tokens.shape[1] - 1], 0.0)
 
-    def _logprobs_at(self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float) -> Tensor:
-        """[rows, seq - 1]; only the wanted positions pass through the vocabulary."""
-        whole = model.full_hidden(hidden).transpose(0, 1)  # [rows, seq, h]
-        chosen = whole[:, : tokens.shape[1] - 1][positions]  # [wanted, h]
-        logprobs = vocab_parallel_logprobs(
-            model.logits(chosen),
-            tokens[:, 1:][positions],
-            vocab_size=self.spec.architecture.vocab_size,
-            tp=self.groups.tp,
-            temperature=temperature,
-        )
-        return torch.zeros(positions.shape, device=hidden.device).masked_scatter(positions, logprobs)
+    def _predictions(
+        self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float, *, entropy_too: bool = False
+    ) -> Tensor:
+        """[1, rows, seq - 1] log-probabilities, or [2, ...] with entropies; only the wanted positions pass through the vocabulary.
+
+        What is wanted is looked up on the host, where counting it waits for no device.
+        """
+        rows, width = positions.shape
+        row, column = positions.nonzero(as_tuple=True)
+        lookups = torch.stack([column * rows + row, row * width + column, tokens[row, column + 1]])
+        source, target, wanted = lookups.to(hidden.device)
+        chosen = model.full_hidden(hidden).flatten(0, 1).index_select(0, source)  # [wanted, h]
+        how = {"vocab_size": self.spec.architecture.vocab_size, "tp": self.groups.tp, "temperature": temperature}
+        logits = model.logits(chosen)
+        if entropy_too:
+            found = torch.stack(vocab_parallel_logprobs_and_entropy(logits, wanted, **how))
+        else:
+            found = vocab_parallel_logprobs(logits, wanted, **how).unsqueeze(0)
+        whole = torch.zeros(len(found), rows * width, device=hidden.device)
+        return whole.index_copy(1, target, found).view(-1, rows, width)
 
 
 def padded_share(micro_batches: Sequence[Tensor], groups: ModelGroups) -> list[Tensor]:

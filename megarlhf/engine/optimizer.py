@@ -29,6 +29,8 @@ class AdamSettings:
     """Largest global gradient norm; None does not clip."""
     initial_loss_scale: float = 2.0**16
     """fp16 only; doubles after 1000 clean steps, halves on overflow."""
+    min_loss_scale: float = 1.0
+    """fp16 only: the loss scale goes no lower. Gradients that overflow even there are not for want of a scale."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class MasterShard:
     """Where the shard starts in the flattened parameter."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateResult:
     """What one optimizer step did."""
 
@@ -52,6 +54,10 @@ class UpdateResult:
     """The gradients were not finite: no weight changed."""
     loss_scale: float
     """From here on."""
+    searching_loss_scale: bool
+    """The step was skipped for an overflow that halved fp16's loss scale: how a scale is found, no sign of divergence by itself."""
+    consecutive_skips: int
+    """Steps that were skipped in a row, this one included, whatever for; 0 where it was not."""
 
 
 class Optimizer:
@@ -63,7 +69,7 @@ class Optimizer:
         self.updates = 0
         """Updates made (steps that were not skipped): Adam's step in its bias correction."""
         self.consecutive_skips = 0
-        self.at_smallest_loss_scale = False
+        """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False)
@@ -79,6 +85,7 @@ class Optimizer:
             bf16=spec.precision == "bf16",
             fp16=spec.precision == "fp16",
             initial_loss_scale=settings.initial_loss_scale,
+            min_loss_scale=settings.min_loss_scale,
             hysteresis=1,  # the first overflow halves the loss scale
             params_dtype=transformers[0].config.params_dtype,
             use_distributed_optimizer=True,
@@ -103,6 +110,16 @@ class Optimizer:
         """The optimizer under megatron's: torch's AdamW, or Transformer Engine's or Apex's fused one where installed."""
         return self.megatron.optimizer
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in the backward pass: 1 but for fp16."""
+        return float(self.megatron.get_loss_scale())
+
+    @property
+    def at_smallest_loss_scale(self) -> bool:
+        """Whether fp16's loss scale can go no lower; never so in another precision."""
+        return self.megatron.grad_scaler is not None and self.loss_scale <= self.settings.min_loss_scale
+
     def zero_grad(self) -> None:
         """Clear gradients before a step's backward passes."""
         for chunk in self.chunks:
@@ -119,19 +136,27 @@ class Optimizer:
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
+        scale = self.loss_scale
         overflow = self.megatron.prepare_grads()
-        scale = float(self.megatron.get_loss_scale())
         norm = self._grad_norm()
-        if overflow or not math.isfinite(norm):
-            self.consecutive_skips += 1
-            return UpdateResult(grad_norm=norm, skipped=True, loss_scale=scale)
+        skipped = overflow or not math.isfinite(norm)
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        scale_now = self.loss_scale
+        result = UpdateResult(
+            grad_norm=norm,
+            skipped=skipped,
+            loss_scale=scale_now,
+            searching_loss_scale=scale_now < scale,
+            consecutive_skips=self.consecutive_skips,
+        )
+        if skipped:
+            return result
         clip = self.settings.clip_grad
         if clip is not None and norm > clip:
             torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
         self.megatron.step_with_ready_grads()
         self.updates += 1
-        self.consecutive_skips = 0
-        return UpdateResult(grad_norm=norm, skipped=False, loss_scale=scale)
+        return result
 
     def _grad_norm(self) -> float:
         grads = [grad for shard in self.shards() for grad in self._counted(shard)]
@@ -193,5 +218,5 @@ class Optimizer:
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
-        """Set the master weights from the parameters, after these were initialised or loaded."""
+        """Set the master weights from the parameters, after these were initialised."""
         self.megatron.reload_model_params()

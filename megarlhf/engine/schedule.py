@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megarlhf.models.transformer import Transformer
-from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import sum_over_holders
 from megarlhf.parallel.groups import ModelGroups
-from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.pipeline import Shape, StageCommunicator
 
 Result = TypeVar("Result")
 Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
@@ -37,20 +35,6 @@ def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **
             for start, part in parameter.shard.placed():
                 if dim is not None and part.copies > 1:
                     sum_over_holders(parameter.main_grad.narrow(dim, start, part.size), part.copies, tp)
-
-
-def schedule_violations(layout: ParallelLayout) -> list[str]:
-    """Every way in which the schedules cannot run a layout here, whatever the model, as sentences.
-
-    With two stages the next and the previous one are the same rank. gloo pairs the messages between two ranks in the
-    order in which they were posted, so that interleaved stages would take each other's activations and gradients.
-    """
-    if layout.virtual_pp > 1 and layout.pp == 2 and platform.backend() == "gloo":
-        return [
-            f"pp 2 with virtual_pp {layout.virtual_pp} cannot run on gloo: next and previous stage are one rank, whose messages gloo pairs "
-            "in the order they were posted, so activations and gradients would be taken for each other; use virtual_pp 1, or pp > 2"
-        ]
-    return []
 
 
 def run_schedule(
@@ -73,12 +57,14 @@ def run_schedule(
     config = chunks[0].config
     results: list[Result] = []
     numbers = [iter(range(len(tokens))) for _ in chunks]
+    shapes = [_hidden_shape(rows, groups, config.hidden_size) for rows in tokens]
 
     def forward_step(numbers_of_chunk: Any, model: Any, *unused: Any) -> tuple[Tensor, Callable]:
         number = next(numbers_of_chunk)
         rows = _pad_for_sequence_parallel(tokens[number].to(groups.device), groups)
         positions = torch.arange(rows.shape[1], device=rows.device)[None].expand(rows.shape[0], -1)
         hidden = model(rows, positions, None)
+        assert hidden.shape == shapes[number], f"micro-batch {number}: hidden states {list(hidden.shape)}, expected {list(shapes[number])}"
         transformer = model if isinstance(model, Transformer) else model.module
 
         def loss_function(last_hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -89,9 +75,7 @@ def run_schedule(
         return hidden, loss_function
 
     interleaved = len(chunks) > 1
-    pipeline = {}
-    if groups.layout.pp > 1:
-        pipeline["p2p_communicator"] = P2PCommunicator(groups.pp, config)
+    communicator = _communicator(shapes, groups, config, num_chunks=len(chunks), backward=backward)
     if interleaved:
         run = schedules.forward_backward_pipelining_with_interleaving
     elif groups.layout.pp > 1:
@@ -107,9 +91,38 @@ def run_schedule(
         micro_batch_size=tokens[0].shape[0],
         forward_only=not backward,
         pg_collection=groups.collection(tied_embeddings=_tied(chunks[0])),
-        **pipeline,
+        p2p_communicator=communicator,
     )
+    assert communicator is None or communicator.is_done
     return results
+
+
+def _communicator(
+    shapes: Sequence[Shape], groups: ModelGroups, config: Any, *, num_chunks: int, backward: bool
+) -> StageCommunicator | None:
+    """What the stages exchange over, knowing what arrives here in which order; None with one stage.
+
+    Micro-batches come in the order of megatron's table: (number, chunk counted from the end that they come from).
+    """
+    if groups.layout.pp == 1:
+        return None
+    group_size = config.microbatch_group_size_per_vp_stage if num_chunks > 1 else len(shapes)
+    table = schedules.get_schedule_table(len(shapes), num_chunks, group_size)
+    at_start, at_end = groups.is_first_stage, groups.is_last_stage
+    return StageCommunicator(
+        groups,
+        config,
+        activations=[shapes[number] for number, chunk in table if chunk > 0 or not at_start],
+        gradients=[shapes[number] for number, chunk in table if chunk > 0 or not at_end] if backward else [],
+    )
+
+
+def _hidden_shape(rows: Tensor, groups: ModelGroups, hidden_size: int) -> Shape:
+    """[seq (/ tp), batch, h] of one micro-batch's hidden states as they pass between stages."""
+    batch, width = rows.shape
+    if groups.layout.sequence_parallel:
+        width = -(-width // groups.layout.tp)
+    return width, batch, hidden_size
 
 
 def _tied(chunk: Any) -> bool:

@@ -13,19 +13,20 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from megarlhf.algorithms.language_model import language_model_loss
-from megarlhf.algorithms.masked import Stats
+from megarlhf.algorithms.masked import Stats, masked_sum
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import count_prompts, ranking_loss
 from megarlhf.batch import Experience, RankingBatch, Rows, TextBatch
 
-Output = Literal["logprobs", "values", "scores"]
+Output = Literal["logprobs", "logprobs and entropy", "values", "scores"]
 
 
 class Loss(Protocol):
     """A loss that is a sum over what counts, divided once by the global count."""
 
     output: ClassVar[Output]
-    """What the loss reads of the model: logprobs or values [batch, seq - 1], or scores [batch]."""
+    """What the loss reads of the model: logprobs or values [batch, seq - 1], both logprobs and entropy [2, batch, seq - 1]
+    (the entropy in nats, without a gradient), or scores [batch]."""
     stats: ClassVar[tuple[str, ...]]
     """Names of the statistics that come with the sum."""
     temperature: float
@@ -61,8 +62,8 @@ class PolicyLoss:
     clip: float
     temperature: float = 1.0
     """That of the sampling: the ratio is between the policies that were sampled from."""
-    output: ClassVar[Output] = "logprobs"
-    stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "approx_kl", "ratio")
+    output: ClassVar[Output] = "logprobs and entropy"
+    stats: ClassVar[tuple[str, ...]] = ("clip_fraction", "approx_kl", "ratio", "entropy")
 
     def count(self, batch: Experience) -> int:
         """Response tokens."""
@@ -73,8 +74,11 @@ class PolicyLoss:
         return batch.response_mask
 
     def __call__(self, output: Tensor, batch: Experience) -> tuple[Tensor, Stats]:
-        """See `clipped_policy_loss`."""
-        return clipped_policy_loss(output, batch.old_logprobs, batch.advantages, batch.response_mask, clip=self.clip)
+        """See `clipped_policy_loss`; the entropy is reported, not optimised."""
+        logprobs, entropy = output
+        mask = batch.response_mask
+        loss, stats = clipped_policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, clip=self.clip)
+        return loss, stats | {"entropy": (masked_sum(entropy, mask), mask.sum())}
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,30 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import Rows
-from megarlhf.engine.batching import micro_batch_rows
+from megarlhf.engine.batching import micro_batch_rows, padded_positions
 from megarlhf.engine.ema import ExponentialMovingAverage
 from megarlhf.engine.engine import Engine, padded_share
-from megarlhf.engine.optimizer import AdamSettings, Optimizer
+from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
 from megarlhf.engine.schedule import run_schedule, sum_gradients
 from megarlhf.engine.terms import Term
 from megarlhf.models.transformer import ModelSpec, Transformer
-from megarlhf.parallel.collectives import sum_over_copies
+from megarlhf.parallel.collectives import any_rank, sum_over_copies
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import seed_dropout
 
 
-@dataclass(frozen=True)
-class StepResult:
+@dataclass(frozen=True, kw_only=True)
+class StepResult(UpdateResult):
     """What one optimizer step saw and did, the same on every rank."""
 
     losses: dict[str, float]
     """Term name -> its loss (sum over the global count, before its weight)."""
     stats: dict[str, tuple[float, float]]
     """"term/statistic" -> (sum, count) over the whole batch."""
-    grad_norm: float
-    skipped: bool
-    loss_scale: float
+    tokens: int
+    """Real tokens that went through the trunk, over all terms and copies."""
+    positions: int
+    """The same with each row padded to the longest of its micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,16 @@ class TrainEngine(Engine):
             transformer.config.finalize_model_grads_func = sum_gradients
             transformer.config.grad_scale_func = self.optimizer.scale_loss
 
+    def weights_are_finite(self) -> bool:
+        """Whether every weight, its float32 master and its average is finite, on all ranks; a collective of the model's ranks."""
+        held = [*self.parameters().values(), *(shard.main for shard in self.optimizer.shards())]
+        held += self.ema.averages.values() if self.ema is not None else []
+        finite = bool(torch.stack([value.detach().isfinite().all() for value in held]).all())
+        return not any_rank(not finite, self.groups.world, self.groups.device)
+
     def start_ema(self, decay: float) -> None:
         """Keep an average of the weights from here on (updated by the trainer)."""
         self.ema = ExponentialMovingAverage(self.optimizer, decay=decay)
-
-    @torch.no_grad()
-    def weights_are_finite(self) -> bool:
-        """Whether all weights are finite on all ranks."""
-        bad = sum((~shard.main.isfinite()).sum().double() for shard in self.optimizer.shards())
-        from megarlhf.parallel.collectives import sum_over_world
-        return float(sum_over_world(torch.as_tensor(bad).double().reshape(1), self.groups)) == 0
 
     @torch.no_grad()
     def shift_scores(self, delta: float) -> None:
@@ -115,14 +116,22 @@ class TrainEngine(Engine):
         update = self.optimizer.step(learning_rate)
         self.steps += 1
         losses, stats = self._summed(terms, totals)
-        return StepResult(losses, stats, update.grad_norm, update.skipped, update.loss_scale)
+        return StepResult(
+            **vars(update),
+            losses=losses,
+            stats=stats,
+            tokens=sum(int(term.batch.lengths.sum()) for term in terms),
+            positions=sum(padded_positions(term.batch, self._shares(term)) for term in terms),
+        )
+
+    def _shares(self, term: Term) -> list[list[Tensor]]:
+        return micro_batch_rows(term.batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
 
     def _pieces(self, term: Term) -> list[_Piece]:
         divisor = term.loss.count(term.batch)
         if divisor == 0:
             raise ValueError(f"the {term.name} term has nothing to learn from: none of its {term.batch.num_rows} rows counts in the loss")
-        shares = micro_batch_rows(term.batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
-        mine = shares[self.groups.coordinates.dp]
+        mine = self._shares(term)[self.groups.coordinates.dp]
         real = [_Piece(term, term.batch.rows(index), divisor) for index in mine]
         idle = [_Piece(term, None, divisor)] * (len(padded_share(mine, self.groups)) - len(mine))
         return real + idle

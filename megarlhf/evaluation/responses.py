@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,11 +15,15 @@ from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.generation.generator import Generator
+from megarlhf.parallel.seed import derive_seed
 
 NUM_SAMPLES = 4
 """Responses that a run writes down at each iteration or evaluation, to be read."""
 ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl")
 """What the record of an answer says of itself."""
+
+Purpose = Literal["ppo rollouts", "ppo validation", "sft validation", "generate", "evaluate"]
+"""What responses are sampled for. Each has a noise of its own, of the same seed: no two purposes see the same draws."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ResponseJudge:
     prompts: Prompts
     sampling: SamplingConfig
     seed: int
+    purpose: Purpose
     reward: Engine | None = None
     reference: Engine | None = None
     policy: Engine | None = None
@@ -58,7 +63,7 @@ class ResponseJudge:
 
     def judge(self) -> Judged:
         """The generator's present weights on the fixed prompts."""
-        rollouts = generate(self.generator, self.prompts, self.sampling, seed=self.seed, iteration=0)
+        rollouts = generate(self.generator, self.prompts, self.sampling, seed=self.seed, purpose=self.purpose)
         scores = self.reward.scores(rollouts) if self.reward is not None else None
         kl = None
         if self.reference is not None:
@@ -79,15 +84,17 @@ def generator_of(engine: Engine, tokenizer: Tokenizer) -> Generator:
     )
 
 
-def generate(generator: Generator, prompts: Prompts, sampling: SamplingConfig, *, seed: int, iteration: int) -> Rollouts:
-    """Sample one response to each prompt as `sampling` says."""
+def generate(
+    generator: Generator, prompts: Prompts, sampling: SamplingConfig, *, seed: int, purpose: Purpose, iteration: int = 0
+) -> Rollouts:
+    """Sample one response to each prompt as `sampling` says, with the noise of (seed, purpose, iteration)."""
     return generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        seed=seed,
+        seed=derive_seed(seed, "sampling", purpose),
         iteration=iteration,
         max_batch_size=sampling.max_batch_size,
     )

@@ -28,7 +28,7 @@ class KeyValueCache:
     ) -> None:
         shape = (batch, kv_heads, max_len, head_size)
         self._stored = {
-            number: (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            number: [torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)]
             for number in layer_numbers
         }
         self._device = device
@@ -65,6 +65,8 @@ class KeyValueCache:
         )
 
     def keep(self, index: Tensor) -> None:
-        """Keep the rows at `index` [n] only, in that order."""
-        self._stored = {number: (keys[index], values[index]) for number, (keys, values) in self._stored.items()}
+        """Keep the rows at `index` [n] only, in that order. One tensor at a time: no second cache beside the first."""
+        for stored in self._stored.values():
+            for number in range(len(stored)):
+                stored[number] = stored[number][index]
         self.positions = self.positions[index]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention
-from megarlhf.models.linear import ColumnLinear, RowLinear
+from megarlhf.models.linear import ColumnLinear, RowLinear, float32_linear
 from megarlhf.models.norm import Norm
 from megarlhf.models.parallel_residual import ParallelResidualLayer
 from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, shards_held
@@ -73,12 +73,12 @@ class Transformer(GPTModel):
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, h] chosen from `full_hidden` -> [n, padded_vocab / tp], this rank's shard of the vocabulary."""
+        """[n, h] chosen from `full_hidden` -> [n, padded_vocab / tp] float32, this rank's shard of the vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         if not self.config.sequence_parallel:
-            # Its backward sums over tp, but only where the gradient is contiguous: so here, on the rows that F.linear reads.
+            # Its backward sums over tp, but only where the gradient is contiguous: so here, on the rows that are multiplied.
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
-        return F.linear(hidden, weight)
+        return float32_linear(hidden, weight)
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """Trunk output [seq (/ tp), batch, h] -> [batch, seq] float32 from the scalar head."""
@@ -192,14 +192,11 @@ def _transformer_config(spec: ModelSpec, groups: ModelGroups) -> TransformerConf
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
         calculate_per_token_loss=True,  # losses are sums divided by one global count, see engine/schedule.py
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        batch_p2p_sync=False,
         attention_backend=AttnBackend.unfused,
         **recompute,
     )

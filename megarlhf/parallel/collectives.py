@@ -44,6 +44,11 @@ def largest(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(whole)
 
 
+def any_rank(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the flag is set on any rank of the group."""
+    return bool(largest(int(flag), group, device))
+
+
 def largest_of_world(values: Sequence[int], world: World) -> list[int]:
     """The largest of each of `values` over all ranks."""
     whole = torch.tensor(values, dtype=torch.int64, device=world.device)

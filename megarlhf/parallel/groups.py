@@ -27,7 +27,9 @@ class ModelGroups:
     dp: dist.ProcessGroup
     """Data-parallel peers: the same shard of the model in every copy."""
     pp: dist.ProcessGroup
-    """Pipeline stages of one copy with the same tp."""
+    """Pipeline stages of one copy with the same tp; activations travel here."""
+    pp_back: dist.ProcessGroup
+    """The same stages, for gradients: a group of its own where they would meet activations between the same two ranks."""
     copy: dist.ProcessGroup
     """All ranks of one copy of the model (tp x pp)."""
     outputs: dist.ProcessGroup
@@ -82,7 +84,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    _groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
     @staticmethod
@@ -121,6 +123,7 @@ class World:
             tp=self._group_of_peers(layout.peers("tp")),
             dp=self._group_of_peers(layout.peers("dp")),
             pp=self._group_of_peers(layout.peers("pp")),
+            pp_back=self._group_of_peers(layout.peers("pp"), apart=layout.messages_meet),
             copy=self._group_of_peers(layout.peers("tp,pp")),
             outputs=self._group_of_peers(layout.peers("dp,pp")),
             world=dist.group.WORLD,
@@ -128,13 +131,13 @@ class World:
             alone=self._group_of_peers([[rank] for rank in range(self.size)]),
         )
 
-    def _group_of_peers(self, peers: list[list[int]]) -> dist.ProcessGroup | None:
-        """This rank's group among disjoint ones; None where it is in none of them."""
-        if peers and len(peers[0]) == self.size:
+    def _group_of_peers(self, peers: list[list[int]], *, apart: bool = False) -> dist.ProcessGroup | None:
+        """This rank's group among disjoint ones, `apart` from the usual one of these peers; None where it is in none of them."""
+        if peers and len(peers[0]) == self.size and not apart:
             return dist.group.WORLD
-        key = tuple(map(tuple, peers))
+        key = (apart, tuple(map(tuple, peers)))
         if key not in self._groups:
-            made = {ranks: dist.new_group(list(ranks)) for ranks in key}
+            made = {ranks: dist.new_group(list(ranks)) for ranks in key[1]}
             self._groups[key] = next((group for ranks, group in made.items() if self.rank in ranks), None)
         return self._groups[key]
 

@@ -65,6 +65,15 @@ class ParallelLayout:
             groups.setdefault(fixed, []).append(rank)
         return list(groups.values())
 
+    @property
+    def messages_meet(self) -> bool:
+        """Whether activations and gradients travel from one stage to the same other: their order would decide which is which.
+
+        Activations go to the next stage, and with virtual stages from the last one to the first; gradients go back.
+        """
+        hops = {(stage, (stage + 1) % self.pp) for stage in range(self.pp if self.virtual_pp > 1 else self.pp - 1)}
+        return not hops.isdisjoint((target, source) for source, target in hops)
+
     def chunks(self, num_layers: int, pp_rank: int) -> list[range]:
         """The layers of each of a stage's ``virtual_pp`` chunks, numbered globally from 0.
 

@@ -72,6 +72,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def peak_memory_is_of_phases() -> bool:
+    """Whether `forget_peak_memory` can forget: only CUDA's allocator counts anew, a process's resident set does not."""
+    return torch.cuda.is_available()
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from what is held now, where that can be."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int:
     """The most memory this process has held: allocated CUDA memory, or the resident set on the CPU."""
     if torch.cuda.is_available():

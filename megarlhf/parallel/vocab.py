@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ENTROPY_ROWS = 256
 NEVER = -1e30
 """The logit of a padded vocabulary id: its exp is exactly 0 in float32, and it stays finite in sums."""
 
@@ -23,10 +24,10 @@ def mask_padded_vocab(logits: Tensor, *, vocab_size: int, first_id: int) -> Tens
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
-    """log softmax(logits)[target] with three reductions of [...] over tp: max, sum of exp, target's logit."""
+    """log softmax(logits)[target] with three reductions of [...] over tp: max, sum of exp, target's logit; and the entropy, if wanted."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, first_id: int, tp: dist.ProcessGroup | None):
+    def forward(ctx, logits: Tensor, targets: Tensor, first_id: int, tp: dist.ProcessGroup | None, entropy_too: bool):
         shifted, log_total = _shifted(logits, tp)
         local = targets - first_id
         here = (local >= 0) & (local < logits.shape[-1])
@@ -34,16 +35,36 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         target = torch.where(here, shifted.gather(-1, index).squeeze(-1), 0.0)
         if tp is not None:
             dist.all_reduce(target, group=tp)
-        shifted.sub_(log_total.unsqueeze(-1)).exp_()
+        shifted.sub_(log_total.unsqueeze(-1))
+        entropy = _exponentiate(shifted, tp) if entropy_too else torch.zeros(0, device=shifted.device)
+        if not entropy_too:
+            shifted.exp_()
         ctx.save_for_backward(shifted, index, here)
-        return target - log_total
+        ctx.mark_non_differentiable(entropy)
+        return target - log_total, entropy
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         probabilities, index, here = ctx.saved_tensors
         grad_logits = probabilities * (-grad).unsqueeze(-1)
         grad_logits.scatter_add_(-1, index, torch.where(here, grad, 0.0).unsqueeze(-1))
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
+
+
+def _exponentiate(logprobs: Tensor, tp: dist.ProcessGroup | None) -> Tensor:
+    """Turn log-probabilities [..., shard] into probabilities in place; returns their entropy [...].
+
+    A few rows at a time: their products need no second buffer of the size of the logits.
+    """
+    entropy = torch.empty(logprobs.shape[:-1], device=logprobs.device)
+    rows = logprobs.view(-1, logprobs.shape[-1])
+    for part, target in zip(rows.split(ENTROPY_ROWS), entropy.view(-1).split(ENTROPY_ROWS), strict=True):
+        probabilities = part.exp()
+        target.copy_((probabilities * part).sum(dim=-1).neg_())  # 0 for a padded id: its log-probability is finite
+        part.copy_(probabilities)
+    if tp is not None:
+        dist.all_reduce(entropy, group=tp)
+    return entropy
 
 
 def _shifted(logits: Tensor, tp: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -80,21 +101,21 @@ def vocab_parallel_logprobs(
 
     Returns: [...] float32.
     """
+    return _logprobs(logits, targets, vocab_size, tp, temperature, entropy_too=False)[0]
+
+
+def vocab_parallel_logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, *, vocab_size: int, tp: dist.ProcessGroup | None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_logprobs`, bit for bit, and from the same pass the entropy in nats [...] float32, which has no gradient."""
+    return _logprobs(logits, targets, vocab_size, tp, temperature, entropy_too=True)
+
+
+def _logprobs(
+    logits: Tensor, targets: Tensor, vocab_size: int, tp: dist.ProcessGroup | None, temperature: float, *, entropy_too: bool
+) -> tuple[Tensor, Tensor]:
     tp = _peers(tp)
     first = first_vocab_id(logits.shape[-1], tp)
     scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
     masked = mask_padded_vocab(scaled, vocab_size=vocab_size, first_id=first)
-    return _VocabParallelLogprobs.apply(masked, targets, first, tp)
-
-
-@torch.no_grad()
-def vocab_parallel_entropy(logits: Tensor, *, vocab_size: int, tp: dist.ProcessGroup | None, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature); shapes as `vocab_parallel_logprobs`, not differentiable."""
-    tp = _peers(tp)
-    first = first_vocab_id(logits.shape[-1], tp)
-    shifted, log_total = _shifted(mask_padded_vocab(logits.float() / temperature, vocab_size=vocab_size, first_id=first), tp)
-    logprobs = shifted - log_total.unsqueeze(-1)
-    entropy = -torch.where(logprobs < NEVER / 2, 0.0, logprobs.exp() * logprobs).sum(dim=-1)
-    if tp is not None:
-        dist.all_reduce(entropy, group=tp)
-    return entropy
+    return _VocabParallelLogprobs.apply(masked, targets, first, tp, entropy_too)

@@ -12,7 +12,6 @@ from megarlhf.engine.checkpoint import load_weights, missing_from, saved_archite
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.optimizer import AdamSettings
-from megarlhf.engine.schedule import schedule_violations
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
@@ -144,7 +143,7 @@ class ModelPlanner:
     def layout(self, parallel: ParallelConfig | None, architecture: Architecture) -> ParallelLayout:
         """A layout over the world. ValueError where it fits neither the world nor the model."""
         layout = self.world.layout(**dataclasses.asdict(parallel or self.default_parallel))
-        if found := layout_violations(architecture, layout) + schedule_violations(layout):
+        if found := layout_violations(architecture, layout):
             raise ValueError(f"the layout {layout} does not fit the model: " + "; ".join(found))
         return layout
 

@@ -22,6 +22,7 @@ from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.evaluation.text import HeldOutText
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
+from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.agreement import refuse_together
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Records:
 
     def text(self, key: str, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
         """Packed text without end; None where it cannot be read."""
+        seed = derive_seed(seed, "text")
         stream = _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=seed, **self._ids())
         if stream is not None:
             self._remember(key, data.prefix, stream.fingerprint)

@@ -56,8 +56,8 @@ def _evaluated(config: EvaluateConfig, run: Run) -> dict[str, float]:
         metrics["valid/loss"] = language_model_loss_on(engine, text_batch(demonstrations, pad_id=tokenizer.pad_id))
     if prompts:
         batch, judges = prompt_batch(prompts, pad_id=tokenizer.pad_id), {"reward": reward, "reference": engines.get("reference")}
-        judge = ResponseJudge(generator_of(engine, tokenizer), batch, config.sampling, seed=config.run.seed, policy=engine, **judges)
-        judged = judge.judge()
+        how = {"seed": config.run.seed, "purpose": "evaluate", "policy": engine}
+        judged = ResponseJudge(generator_of(engine, tokenizer), batch, config.sampling, **how, **judges).judge()
         metrics |= judged.metrics("valid")
         run.write(INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
         run.write(ANSWERS_FILE, response_lines(judged, tokenizer, prompts) if run.is_writer else "")

@@ -34,7 +34,7 @@ def _generated(config: GenerateConfig, run: Run) -> dict[str, float]:
 
     engine = planner.build_frozen(plan)
     batch = prompt_batch(prompts, pad_id=tokenizer.pad_id)
-    judged = ResponseJudge(generator_of(engine, tokenizer), batch, config.sampling, seed=config.run.seed).judge()
+    judged = ResponseJudge(generator_of(engine, tokenizer), batch, config.sampling, seed=config.run.seed, purpose="generate").judge()
     run.write(INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
     run.write(ANSWERS_FILE, response_lines(judged, tokenizer, prompts) if run.is_writer else "")
     metrics = judged.metrics("responses")

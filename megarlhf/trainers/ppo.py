@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from megarlhf.algorithms.gae import gae
 from megarlhf.algorithms.kl import adapted_kl_coef
 from megarlhf.algorithms.learning_rate import constant_with_warmup
-from megarlhf.algorithms.masked import explained_variance, standardize
+from megarlhf.algorithms.masked import standardize
 from megarlhf.algorithms.rewards import kl_shaped_rewards, penalize_unfinished
 from megarlhf.batch import Experience, Prompts, Rollouts
 from megarlhf.config.stages import PpoConfig
@@ -22,14 +23,14 @@ from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
 from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, response_records
-from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
+from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
-from megarlhf.telemetry.timers import Timers
 from megarlhf.trainers.policy_generator import PolicyGenerator
+from megarlhf.trainers.ppo_metrics import rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
 
 
@@ -85,25 +86,26 @@ class ProximalPolicyOptimization(Stage):
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
         self.judge = self._judge(prompt_batch(valid, pad_id=tokenizer.pad_id)) if valid else None
         self.total_steps = self.settings.iterations
-        self.timers = Timers(platform.synchronize)
+        self.phases = Phases()
 
     def step(self, number: int) -> dict[str, float]:
         """One iteration: section 3.5's loop, Appendix C.4's numbers."""
         s, roles = self.settings, self.roles
 
         # weights -> generator
-        with self.timers("reshard_seconds"):
+        with self.phases("reshard"):
             self.generator.publish()
 
         # prompts -> rollouts
         rows = [self.prompts[i] for i in self.order.take(s.batch_size)]
-        with self.timers("generate_seconds"):
+        with self.phases("generate"):
             rollouts = self.rollouts(prompt_batch(rows, pad_id=self.tokenizer.pad_id), number)
         mask = rollouts.response_mask
 
         # rollouts -> experience
-        with self.timers("score_seconds"):
-            judged = self.judged(rollouts)
+        minibatches = [self.minibatch_rows(rollouts.num_rows, number, epoch) for epoch in range(s.epochs)]
+        with self.phases("score"):
+            judged = self.judged(rollouts, minibatches[0])
         rewards = kl_shaped_rewards(judged.scores, judged.logprobs, judged.ref_logprobs, mask, kl_coef=self.kl_coef)
         advantages, returns = gae(rewards, judged.values, mask, gamma=s.gamma, lam=s.gae_lambda)
         experience = Experience(
@@ -121,8 +123,9 @@ class ProximalPolicyOptimization(Stage):
         value_rate = self.learning_rate(number, self.config.value.adam.learning_rate)
         policy_steps: list[StepResult] = []
         value_steps: list[StepResult] = []
-        with self.timers("update_seconds"):
-            for minibatch in self.minibatches(experience, number):
+        with self.phases("update"):
+            for index in itertools.chain(*minibatches):
+                minibatch = experience.rows(index)
                 terms = [Term("policy", PolicyLoss(clip=s.clip, temperature=self.temperature), minibatch), *self.pretraining_terms()]
                 policy_steps.append(roles.policy.step(terms, learning_rate=policy_rate))
                 terms = [Term("value", ValueLoss(clip=s.value_clip), minibatch)]
@@ -130,39 +133,42 @@ class ProximalPolicyOptimization(Stage):
             roles.policy.ema.update()
 
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
-        metrics = self.rollout_metrics(rollouts, judged)
-        metrics["value/explained_variance"] = float(explained_variance(judged.values, returns, mask))
+        metrics = {"rollout/kl_coef": self.kl_coef, **value_metrics(judged.values, returns, mask)}
+        metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
         metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
         self.adapt_kl(metrics["rollout/kl"])
-        return metrics | self.timers.metrics()
+        trained = sum(result.tokens for result in (*policy_steps, *value_steps))
+        return metrics | self.phases.metrics(generate=int(mask.sum()), update=trained)
 
     def rollouts(self, prompts: Prompts, iteration: int) -> Rollouts:
         """One response to each prompt from the present policy."""
         sampling = self.config.generation.sampling
-        return generate(self.generator.generator, prompts, sampling, seed=self.config.run.seed, iteration=iteration)
+        return generate(self.generator.generator, prompts, sampling, seed=self.config.run.seed, purpose="ppo rollouts", iteration=iteration)
 
-    def judged(self, rollouts: Rollouts) -> Judgement:
-        """Scores, log-probabilities and values of an iteration's rollouts."""
+    def judged(self, rollouts: Rollouts, minibatches: Sequence[Tensor] | None = None) -> Judgement:
+        """Scores, log-probabilities and values of an iteration's rollouts.
+
+        With the first epoch's `minibatches` they come from the micro-batches that will be trained: in low precision a row
+        beside other rows gives other numbers, and the first minibatch's ratio would not be exactly 1.
+        """
         roles, mask = self.roles, rollouts.response_mask
         scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
         return Judgement(
             scores=scores,
             logprobs=(
-                roles.policy.logprobs(rollouts, mask, temperature=self.temperature)
+                roles.policy.logprobs(rollouts, mask, temperature=self.temperature, minibatches=minibatches)
                 if self.settings.recompute_logprobs
                 else rollouts.logprobs
             ),
-            ref_logprobs=roles.reference.logprobs(rollouts, mask, temperature=self.temperature),
-            values=roles.value.values(rollouts, mask),
+            ref_logprobs=roles.reference.logprobs(rollouts, mask, temperature=self.temperature, minibatches=minibatches),
+            values=roles.value.values(rollouts, mask, minibatches=minibatches),
         )
 
-    def minibatches(self, experience: Experience, iteration: int) -> Iterator[Experience]:
-        """Random minibatches, `epochs` times over, in an order that only the seed and the iteration decide."""
-        for epoch in range(self.settings.epochs):
-            key = derive_seed(self.config.run.seed, "minibatches", iteration, epoch)
-            order = torch.randperm(experience.num_rows, generator=torch.Generator().manual_seed(key))
-            for index in order.split(self.settings.minibatch_size):
-                yield experience.rows(index)
+    def minibatch_rows(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
+        """One epoch's minibatches as row numbers [minibatch_size], at random: only the seed, iteration and epoch decide."""
+        key = derive_seed(self.config.run.seed, "minibatches", iteration, epoch)
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(key))
+        return list(order.split(self.settings.minibatch_size))
 
     def pretraining_terms(self) -> list[Term]:
         """The ptx term of one minibatch: ptx_ratio rows of text per episode, weighed by gamma of equation 2."""
@@ -187,29 +193,13 @@ class ProximalPolicyOptimization(Stage):
                 num_episodes=self.settings.batch_size,
             )
 
-    def rollout_metrics(self, rollouts: Rollouts, judged: Judgement) -> dict[str, float]:
-        """What an iteration's episodes looked like."""
-        mask = rollouts.response_mask
-        kl = torch.where(mask, judged.logprobs - judged.ref_logprobs, 0.0).double()
-        gap = torch.where(mask, judged.logprobs - rollouts.logprobs, 0.0).abs().max()
-        lengths = (rollouts.lengths - rollouts.prompt_lengths).double()
-        return {
-            "rollout/reward_mean": float(judged.scores.double().mean()),
-            "rollout/reward_std": float(judged.scores.double().std(correction=0)),
-            "rollout/kl": float(kl.sum(dim=1).mean()),
-            "rollout/kl_per_token": float(kl.sum() / mask.sum()),
-            "rollout/kl_coef": self.kl_coef,
-            "rollout/response_len": float(lengths.mean()),
-            "rollout/finished_fraction": float(rollouts.finished.double().mean()),
-            "rollout/generator_logprob_gap": float(gap),
-        }
-
     def _judge(self, prompts: Prompts) -> ResponseJudge:
         return ResponseJudge(
             self.generator.generator,
             prompts,
             self.config.generation.sampling,
-            seed=derive_seed(self.config.run.seed, "validation"),
+            seed=self.config.run.seed,
+            purpose="ppo validation",
             reward=self.roles.reward,
             reference=self.roles.reference,
             policy=self.roles.policy,

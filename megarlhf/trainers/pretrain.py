@@ -5,15 +5,14 @@ from __future__ import annotations
 from megarlhf.config.sections import LimitsConfig
 from megarlhf.config.stages import PretrainConfig
 from megarlhf.engine.terms import LanguageModelLoss, Term
-from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
-from megarlhf.telemetry.timers import Timers
 
 
 class Pretraining(Stage):
@@ -35,17 +34,17 @@ class Pretraining(Stage):
         self.models = {"model": self.model}
         self.notes = [f"{config.data.prefix}: {self.text.num_rows} rows of {config.data.seq_len} tokens", *planner.notes]
         self.total_steps = config.steps
-        self.timers = Timers(platform.synchronize)
+        self.phases = Phases()
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the next rows."""
         rate = scheduled_rate(
             self.config.schedule, number, peak=self.config.model.adam.learning_rate, total_steps=self.config.steps
         )
-        with self.timers("step_seconds"):
+        with self.phases("step"):
             rows = self.text.take(self.config.batch_size)
             result = self.model.step([Term("model", LanguageModelLoss(), rows)], learning_rate=rate)
-        return step_metrics("model", [result], rate) | self.timers.metrics()
+        return step_metrics("model", [result], rate) | self.phases.metrics(step=result.tokens)
 
     def evaluate(self) -> dict[str, float]:
         """Language-model loss on held-out text."""

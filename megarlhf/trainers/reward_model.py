@@ -9,15 +9,14 @@ from megarlhf.data.collation import ranking_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.engine.terms import RankingLoss, Term
 from megarlhf.evaluation.rankings import ranking_metrics
-from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
-from megarlhf.telemetry.timers import Timers
 
 
 class RewardModelTraining(Stage):
@@ -49,17 +48,17 @@ class RewardModelTraining(Stage):
         self.models = {"reward": self.model}
         self.notes = [*records.notes, *planner.notes]
         self.total_steps = config.epochs * math.ceil(len(self.rankings) / config.batch_size)
-        self.timers = Timers(platform.synchronize)
+        self.phases = Phases()
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the comparisons of the next prompts."""
         peak = self.config.model.adam.learning_rate
         rate = scheduled_rate(self.config.schedule, number, peak=peak, total_steps=self.total_steps)
-        with self.timers("step_seconds"):
+        with self.phases("step"):
             rows = [self.rankings[i] for i in self.order.take_batch(self.config.batch_size)]
             batch = ranking_batch(rows, pad_id=self.tokenizer.pad_id)
             result = self.model.step([Term("reward", RankingLoss(), batch)], learning_rate=rate)
-        return step_metrics("reward", [result], rate) | self.timers.metrics()
+        return step_metrics("reward", [result], rate) | self.phases.metrics(step=result.tokens)
 
     def finish(self) -> None:
         """Shift the bias so that demonstrations score 0 on average (section 3.5): the loss does not see such a shift."""

@@ -13,15 +13,14 @@ from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records
 from megarlhf.evaluation.text import language_model_loss_on
-from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
+from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
 from megarlhf.runs.schedules import scheduled_rate
-from megarlhf.telemetry.timers import Timers
 
 
 class SupervisedFineTuning(Stage):
@@ -60,14 +59,14 @@ class SupervisedFineTuning(Stage):
         self.notes = [*records.notes, *planner.notes]
         self.total_steps = config.epochs * math.ceil(len(self.demonstrations) / config.batch_size)
         self.best: float | None = None
-        self.timers = Timers(platform.synchronize)
+        self.phases = Phases()
 
     def _judge(self, valid: Sequence[DemonstrationRow], reward: FrozenEngine | None) -> ResponseJudge:
         """Responses to all validation prompts for the reward model, or to a few of them, to be read."""
         rows = [PromptRow(row.prompt_ids, row.source) for row in (valid if reward else valid[:NUM_SAMPLES])]
         prompts = prompt_batch(rows, pad_id=self.tokenizer.pad_id)
         generator = generator_of(self.model, self.tokenizer)
-        return ResponseJudge(generator, prompts, self.config.sampling, seed=self.config.run.seed, reward=reward)
+        return ResponseJudge(generator, prompts, self.config.sampling, seed=self.config.run.seed, purpose="sft validation", reward=reward)
 
     def next_terms(self) -> list[Term]:
         """The loss on the next demonstrations, and on the text that goes with them."""
@@ -83,10 +82,10 @@ class SupervisedFineTuning(Stage):
         """One optimizer step on the next batch."""
         peak = self.config.model.adam.learning_rate
         rate = scheduled_rate(self.config.schedule, number, peak=peak, total_steps=self.total_steps)
-        with self.timers("step_seconds"):
+        with self.phases("step"):
             terms = self.next_terms()
             result = self.model.step(terms, learning_rate=rate)
-        return step_metrics("model", [result], rate) | pretraining_shares(terms) | self.timers.metrics()
+        return step_metrics("model", [result], rate) | pretraining_shares(terms) | self.phases.metrics(step=result.tokens)
 
     def evaluate(self) -> dict[str, float]:
         """Loss on validation demonstrations and on held-out text, and the reward of sampled responses where there is a judge."""

@@ -139,5 +139,6 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def curves(run: Path) -> list[dict]:
-    """The metrics of every step of a run, without what is measured in seconds."""
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines_of(run / "metrics.jsonl")]
+    """The metrics of every step of a run, without those of its costs, which another layout changes."""
+    costs = ("time/", "throughput/", "memory/")
+    return [{name: value for name, value in line.items() if not name.startswith(costs)} for line in lines_of(run / "metrics.jsonl")]

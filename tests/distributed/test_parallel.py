@@ -1,6 +1,7 @@
 """Process groups, collectives and vocabulary-parallel log-probabilities on gloo ranks."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import broadcast_object, gather_rows, largest, largest_of_world, sum_over_copies
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.pipeline import StageCommunicator
 from megarlhf.parallel.seed import derive_seed
-from megarlhf.parallel.vocab import vocab_parallel_entropy, vocab_parallel_logprobs
+from megarlhf.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropy
 
 LAYOUTS = [{"tp": tp, "pp": pp} for tp, pp in itertools.product((1, 2, 4), (1, 2, 4)) if tp * pp <= 4]
 AXES = {"tp": "tp", "dp": "dp", "pp": "pp", "copy": "tp,pp", "outputs": "dp,pp", "world": "tp,dp,pp"}
@@ -66,6 +68,30 @@ def test_collectives_do_what_they_mean(ranks4):
     ranks4.run(check_collectives)
 
 
+def check_messages(virtual_pp):
+    """Each stage sends the other an activation and a gradient at once; they are received one by one, the gradient first."""
+    world = World.connect()
+    groups = world.groups(world.layout(pp=2, virtual_pp=virtual_pp))
+    config = SimpleNamespace(pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=virtual_pp)
+    shape = (2, 3, 4)
+    communicator = StageCommunicator(groups, config, activations=[shape], gradients=[shape])
+    activation, gradient = torch.full(shape, 1.0 + world.rank), torch.full(shape, -1.0 - world.rank)
+    nothing = {"tensor_send_next": None, "tensor_send_prev": None, "recv_prev": False, "recv_next": False}
+    if world.rank == 0:
+        communicator._communicate(**nothing | {"tensor_send_next": activation, "tensor_send_prev": gradient})
+        assert not communicator.is_done
+        return
+    _, back, _ = communicator._communicate(**nothing | {"recv_next": True})
+    forward, _, _ = communicator._communicate(**nothing | {"recv_prev": True})
+    assert (back == -1).all() and (forward == 1).all() and communicator.is_done
+    assert forward.requires_grad
+
+
+@pytest.mark.parametrize("virtual_pp", [2, 3])
+def test_stages_tell_activations_from_gradients_in_whatever_order_they_come(ranks2, virtual_pp):
+    ranks2.run(check_messages, virtual_pp)
+
+
 def check_vocab(vocab_size, padded, dtype, temperature):
     world = World.connect()
     return [vocab_of(world, tp, vocab_size, padded, dtype, temperature) for tp in (1, 2, 4)]
@@ -99,7 +125,11 @@ def vocab_of(world, tp, vocab_size, padded, dtype, temperature):
     torch.testing.assert_close(local.grad.float(), grad.to(dtype).float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     assert (local.grad[..., max(0, vocab_size - first) :] == 0).all()
 
-    entropy = vocab_parallel_entropy(local.detach(), **how)
+    again, entropy = vocab_parallel_logprobs_and_entropy(local, targets, **how)
+    assert torch.equal(again, found) and not entropy.requires_grad
+    before_entropy, local.grad = local.grad, None
+    (again * weights).sum().backward()
+    assert torch.equal(local.grad, before_entropy)
     torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum(-1).detach(), rtol=1e-5, atol=1e-5)
     return found.detach(), entropy
 

@@ -165,6 +165,14 @@ def dense_objective(model, name):
     return {"value": value, "ranking": ranking}, value + 2.0 * ranking
 
 
+def outputs(engine):
+    """What the engine says of whole batches, before it is trained."""
+    batch = experience()
+    if engine.spec.head == "lm":
+        return [engine.logprobs(batch, batch.response_mask)]
+    return [engine.values(batch, batch.response_mask), engine.scores(batch), engine.scores(rankings())]
+
+
 def local_weights(engine):
     """This rank's weights, as they travel to the test: canonical name -> a copy."""
     return {name: parameter.detach().clone() for name, parameter in engine.parameters().items()}

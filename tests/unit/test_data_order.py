@@ -1,7 +1,9 @@
 """The order: each item once per epoch, the same for the same seed and epoch, resumable anywhere."""
 
+import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from megarlhf.data.order import ShuffledOrder
@@ -46,8 +48,35 @@ def test_every_permutation_is_equally_likely():
     assert len(counts) == 24 and chi_squared < 45  # 23 degrees of freedom: 0.4 % of fair shuffles exceed 45
 
 
+@pytest.mark.parametrize("num_items", [1000, 4096, 10007])
+def test_a_long_order_is_well_mixed(num_items):
+    """Against what a fair shuffle would give, with bounds that it crosses about once in 10,000 times."""
+    taken = np.array(ShuffledOrder(num_items, seed=11).take(2 * num_items))
+    for order in (taken[:num_items], taken[num_items:]):
+        assert sorted(order) == list(range(num_items))
+        for lag in (1, 2, 3, 64, 100):  # neighbours say nothing of each other
+            assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 4 / num_items**0.5
+        assert abs(np.corrcoef(order, np.arange(num_items))[0, 1]) < 4 / num_items**0.5
+        fixed = int((order == np.arange(num_items)).sum())  # about Poisson with mean 1
+        assert fixed < 8
+        cells, _, _ = np.histogram2d(order, np.arange(num_items), bins=10)
+        expected = num_items / 100
+        assert ((cells - expected) ** 2 / expected).sum() < 81 + 4 * (2 * 81) ** 0.5  # chi squared with 81 degrees of freedom
+        steps = np.bincount(np.diff(order) % 16, minlength=16)
+        assert ((steps - num_items / 16) ** 2 / (num_items / 16)).sum() < 15 + 4.5 * 30**0.5
+    assert abs(np.corrcoef(taken[:num_items], taken[num_items:])[0, 1]) < 4 / num_items**0.5
+
+
+def test_an_order_takes_no_memory_for_its_items():
+    tracemalloc.start()
+    first = ShuffledOrder(10**12, seed=1).take(512)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20 and len(set(first)) == 512 and max(first) > 10**11
+
+
 def test_the_order_is_the_same_in_every_process_and_version():
-    assert ShuffledOrder(10, seed=1234).take(20) == [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9, 5, 6, 4, 2, 8, 1, 7, 3]
+    assert ShuffledOrder(10, seed=1234).take(20) == [8, 1, 0, 7, 9, 5, 4, 3, 6, 2, 3, 8, 7, 2, 0, 6, 9, 1, 5, 4]
 
 
 @pytest.mark.parametrize("num_items, seed, message", [(10, 2, "seed 1, this one seed 2"), (11, 1, "num_items 10, this one num_items 11")])

@@ -34,6 +34,12 @@ def test_peers_partition_the_ranks_and_differ_along_their_axes_only(layout, axes
             assert len({getattr(layout.coordinates(rank), axis) for rank in ranks}) == 1
 
 
+def test_activations_and_gradients_meet_between_two_stages_of_several_chunks():
+    layouts = [(pp, virtual_pp) for pp in range(2, 6) for virtual_pp in range(1, 4)]
+    meet = [(pp, virtual_pp) for pp, virtual_pp in layouts if ParallelLayout(pp=pp, virtual_pp=virtual_pp).messages_meet]
+    assert meet == [(2, 2), (2, 3)]
+
+
 @pytest.mark.parametrize("num_layers", [8, 9, 11, 13, 15, 30])
 @pytest.mark.parametrize(("pp", "virtual_pp"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (2, 4), (8, 1)])
 def test_chunks_partition_the_layers_in_the_order_in_which_activations_travel(num_layers, pp, virtual_pp):

@@ -1,0 +1,41 @@
+"""What an iteration's episodes looked like, as metrics: see docs/metrics.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megarlhf.algorithms.kl import k1, k3
+from megarlhf.algorithms.masked import explained_variance, masked_mean, masked_variance
+from megarlhf.batch import Rollouts
+
+
+def rollout_metrics(rollouts: Rollouts, *, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, float]:
+    """Rewards, lengths, and the KL against the reference by both estimators, per response and per token.
+
+    Args: scores [batch]; logprobs and ref_logprobs [batch, seq - 1] of the acting policy and the reference.
+    """
+    mask, count = rollouts.response_mask, rollouts.response_mask.sum()
+    metrics = {}
+    for suffix, estimator in (("", k1), ("_k3", k3)):
+        kl = torch.where(mask, estimator(logprobs.double(), ref_logprobs.double()), 0.0)
+        metrics[f"rollout/kl{suffix}"] = float(kl.sum(dim=1).mean())
+        metrics[f"rollout/kl{suffix}_per_token"] = float(kl.sum() / count)
+    gap = torch.where(mask, logprobs - rollouts.logprobs, 0.0).abs().max()
+    lengths = (rollouts.lengths - rollouts.prompt_lengths).double()
+    return metrics | {
+        "rollout/reward_mean": float(scores.double().mean()),
+        "rollout/reward_std": float(scores.double().std(correction=0)),
+        "rollout/response_len": float(lengths.mean()),
+        "rollout/finished_fraction": float(rollouts.finished.double().mean()),
+        "rollout/generator_logprob_gap": float(gap),
+    }
+
+
+def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean and standard deviation of values and returns [batch, seq - 1] over the responses, before the update."""
+    metrics = {"value/explained_variance": float(explained_variance(values, returns, mask))}
+    for name, x in (("rollout/value", values.double()), ("rollout/return", returns.double())):
+        metrics[f"{name}_mean"] = float(masked_mean(x, mask))
+        metrics[f"{name}_std"] = float(masked_variance(x, mask).sqrt())
+    return metrics
