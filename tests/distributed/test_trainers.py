@@ -268,7 +268,8 @@ def test_the_first_iteration_of_ppo(recipe, ranks1, tmp_path):
 def check_first_ratios(folder, runs, precision):
     """The first of several minibatches, of rows of many widths in micro-batches of three."""
     how = [f"{role}.precision={precision}" for role in ("policy", "value", "reference")]
-    how += ["policy.parallel.tp=2", f"run.dir={runs / precision}", "generation.sampling.max_new_tokens=20"]
+    how += ["policy.parallel.tp=2", "reference.parallel.tp=2", "reference.micro_batch_size=3"]
+    how += [f"run.dir={runs / precision}", "generation.sampling.max_new_tokens=20"]
     stage = run_stage_of(folder / "ppo.yaml", how, stop_before=0)
     results = {"policy": [], "value": []}
     for name, engine in stage.models.items():
@@ -279,7 +280,7 @@ def check_first_ratios(folder, runs, precision):
     total, count = first["policy/ratio"]
     assert total == count and first["policy/approx_kl"][0] == 0 and first["policy/clip_fraction"][0] == 0
     assert second["policy/approx_kl"][0] != 0  # the first step has moved the policy
-    assert metrics["rollout/kl"] == metrics["rollout/kl_k3"] == 0  # the reference is the policy, on the same micro-batches
+    assert metrics["rollout/kl"] == metrics["rollout/kl_k3"] == 0  # the reference is the policy, in its layout and micro-batches
     assert metrics["rollout/generator_logprob_gap"] < {"fp32": 1e-5, "fp16": 0.05, "bf16": 0.5}[precision]
     return metrics
 
