@@ -42,6 +42,8 @@ class NumbersTokenizer:
     vocab_size: int
     eos_id: int = -1
     pad_id: int = 0
+    unk_id: None = None
+    fingerprint: str = "numbers"
 
     def encode(self, text: str) -> list[int]:
         """Ids written as numbers."""
@@ -63,7 +65,7 @@ def main() -> None:
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, args.vocab_size, (args.prompts, args.prompt_len), generator=generator).tolist()
-    rows = [PromptRow(row, "random", number) for number, row in enumerate(ids)]
+    rows = [PromptRow(row, "random") for row in ids]
     trainer = ProximalPolicyOptimization(config_of(args), world, NumbersTokenizer(args.vocab_size), rows)
     seconds: list[float] = []
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}

@@ -194,7 +194,9 @@ def rank_all(seed: int, candidates: Mapping[str, Sequence[Candidates]], pairs: f
     noises = []
     for labeller in range(2):
         rng = random.Random(f"{seed}:labeller {labeller}")
-        noises.append([[rng.gauss(0, 1) for _ in row] for row in scores])
+        drawn = [[rng.gauss(0, 1) for _ in row] for row in scores]
+        # one text, one opinion: two candidates that came out the same are graded alike
+        noises.append([[z[item.responses.index(text)] for text in item.responses] for item, z in zip(everything, drawn, strict=True)])
     std = labelling.calibrated_noise(scores, noises, target=AGREEMENT)
     one, two = ([labelling.grades(s, z, noise_std=std) for s, z in zip(scores, noise, strict=True)] for noise in noises)
     num_pairs = sum(len(row) * (len(row) - 1) // 2 for row in one)

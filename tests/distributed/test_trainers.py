@@ -468,7 +468,7 @@ def check_mix(folder, runs):
     losses = [language_model_loss_on(stage.model, term.batch) for term in terms]
     shares = pretraining_shares(terms)
     stage.next_terms = lambda: terms
-    metrics = stage.step(0)
+    metrics = type(stage).step(stage, 0)
     plain = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'plain'}", "pretraining_mix=0", "batch_size=8"], stop_before=0)
     return [(term.name, term.weight, term.batch.num_rows) for term in terms], losses, shares, metrics, len(plain.next_terms())
 
