@@ -149,9 +149,13 @@ def _run(command: str, config: StageConfig | None, problem: str | None, place: P
         _stage(command)(config, world, fresh=fresh)
         world.barrier()  # torchrun ends the others when one has failed, not when one is done: all are done here
     except (Exception, KeyboardInterrupt) as error:
-        return speak(command, error, world.alarm, place)
+        status = speak(command, error, world.alarm, place)
+        if world.size > 1:  # the others may hang, and leaving a group can wait for them
+            return status
+    else:
+        status = 0
     world.close()
-    return 0
+    return status
 
 
 def _stage(name: str) -> Callable[..., dict[str, float]]:

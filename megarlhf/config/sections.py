@@ -133,6 +133,8 @@ class ArchitectureConfig:
         width, heads, kv_heads = self.hidden_size, self.num_heads, self.num_kv_heads
         if width and heads and width % heads:
             found.append(f"hidden_size {width} must be divisible by num_heads {heads}; {width} % {heads} = {width % heads}")
+        if self.positions == "rotary" and width and heads and width // heads % 2:
+            found.append(f"positions rotary turn pairs: hidden_size / num_heads must be even, got {width} / {heads} = {width // heads}")
         if heads and kv_heads and heads % kv_heads:
             found.append(f"num_heads {heads} must be divisible by num_kv_heads {kv_heads}; {heads} % {kv_heads} = {heads % kv_heads}")
         return found

@@ -60,6 +60,8 @@ class Architecture:
             found.append(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             found.append(f"num_heads {self.num_heads} must be divisible by num_kv_heads {self.num_kv_heads}")
+        if self.positions == "rotary" and self.head_size % 2:
+            found.append(f"rotary positions turn pairs of a head's numbers: the head size {self.head_size} must be even")
         return found
 
 

@@ -15,7 +15,7 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.records import Records, open_tokenizer
-from megarlhf.runs.schedules import scheduled_rate
+from megarlhf.runs.schedules import refuse_long_warmup, scheduled_rate
 from megarlhf.telemetry.timers import Timers
 
 
@@ -45,6 +45,7 @@ class RewardModelTraining(Stage):
         self.models = {"reward": self.model}
         self.notes = [*records.notes, *planner.notes]
         self.total_steps = max(1, math.ceil(config.epochs * len(self.rankings) / config.batch_size))
+        refuse_long_warmup(config.schedule, self.total_steps)
         self.timers = Timers(platform.synchronize)
 
     def step(self, number: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.records import Records, open_tokenizer
-from megarlhf.runs.schedules import scheduled_rate
+from megarlhf.runs.schedules import refuse_long_warmup, scheduled_rate
 from megarlhf.telemetry.timers import Timers
 
 
@@ -55,6 +55,7 @@ class SupervisedFineTuning(Stage):
         self.notes = [*records.notes, *planner.notes]
         per_step = config.batch_size - self.num_mixed
         self.total_steps = max(1, math.ceil(config.epochs * len(self.demonstrations) / per_step))
+        refuse_long_warmup(config.schedule, self.total_steps)
         self.best: float | None = None
         self.timers = Timers(platform.synchronize)
 
