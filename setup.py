@@ -31,7 +31,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "transformers"],
+        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "transformers", "wandb"],
     },
-    entry_points={"console_scripts": ["megarlhf=megarlhf.cli:main"]},
+    entry_points={"console_scripts": ["megarlhf=megarlhf.cli:start"]},
 )

@@ -1,7 +1,6 @@
 """`python -m megarlhf`."""
 
-import sys
+from megarlhf.cli import start
 
-from megarlhf.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    start()

@@ -1,35 +1,78 @@
-"""`megarlhf <command> --config run.yaml key=value ...`, alone or under torchrun or srun."""
+"""`megarlhf <command> --config run.yaml key=value ...`, alone or under torchrun or srun.
+
+What a user wrote wrong is found before torch is imported wherever that can be: `main` refuses at once in a run of one process;
+several ranks meet first, so that one of them says it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megarlhf.config import COMMANDS, ConfigError, load_stage_config
-from megarlhf.config.loader import describe
+from megarlhf import __version__
+from megarlhf.config import COMMANDS, ConfigError, doubts, load_stage_config
+from megarlhf.config.documentation import describe
+from megarlhf.config.paths import path_problems
 from megarlhf.config.stages import StageConfig
+from megarlhf.parallel.launch import Place, place_in_run
+from megarlhf.telemetry.sinks import check_sinks
 
 DESCRIPTION = "Train language models to follow instructions with human feedback (Ouyang et al. 2022)."
+DEFAULT_TIMEOUT_MINUTES = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit status: 0, or 2 for what the user can mend."""
+    """Run one command; returns the exit status: 0, 2 for what the user wrote wrong, 1 for what went wrong, 130 after Ctrl-C."""
     options = _parsed(arguments)
     if options.help_config:
-        print(describe(COMMANDS[options.command]))
+        print(describe(COMMANDS[options.command]), flush=True)
         return 0
-    if options.config is None:
-        return _refuse(options.command, "--config is missing")
-    config, problem = None, None
     try:
-        config = load_stage_config(options.config, options.overrides, command=options.command)
+        place = place_in_run()
+    except ValueError as error:
+        return _refuse(options.command, str(error))
+    config, problem = _checked(options, place)
+    if problem is not None and place.size == 1:
+        return _refuse(options.command, problem)
+    return _run(options.command, config, problem, place, fresh=options.fresh)
+
+
+def start() -> None:
+    """The program: `main` with the process's arguments, and the process's end."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale that lacks a letter is no reason to stop
+    try:
+        status = main()
+    except BrokenPipeError:  # `megarlhf ppo --help-config | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except KeyboardInterrupt:  # before the run began
+        print("megarlhf: stopped by Ctrl-C", file=sys.stderr)
+        status = 130
+    if "torch" in sys.modules and (status or os.environ.get("TORCHELASTIC_RUN_ID")):
+        from megarlhf.failures import leave
+
+        leave(status)
+    sys.exit(status)
+
+
+def _checked(options: argparse.Namespace, place: Place) -> tuple[StageConfig | None, str | None]:
+    """The configuration, and what is wrong with it as far as this process alone can see it."""
+    if not options.config:
+        return None, "--config is missing: give it the run's YAML file, such as examples/quickstart/sft.yaml"
+    if len(options.config) > 1:
+        return None, f"--config is given {len(options.config)} times: {', '.join(options.config)}"
+    try:
+        config = load_stage_config(options.config[0], options.overrides, command=options.command)
     except ConfigError as error:
-        problem = f"the configuration is not valid:\n{error}"
-        if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) == 1:
-            return _refuse(options.command, problem)  # at once; several ranks meet first, so that one of them says it
-    return _run(options.command, config, problem, fresh=options.fresh)
+        return None, f"the configuration is not valid:\n{error}"
+    problems = path_problems(config)
+    if place.rank == 0:  # the only one that writes
+        problems += check_sinks(config.run.sinks)
+    return config, "\n".join(problems if len(problems) < 2 else ["several things are not there:", *problems]) or None
 
 
 def _refuse(command: str, problem: str) -> int:
@@ -41,50 +84,78 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unknown options: {' '.join(unknown)}")
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        parser.error("\n".join(_about_option(word, words) for word in unknown))
     options.overrides += rest  # argparse gives up on overrides that stand after a second option
     return options
 
 
+OPTIONS = ("--config", "--fresh", "--help-config", "--help", "--version")
+
+
+def _about_option(word: str, words: Sequence[str]) -> str:
+    """What to write in place of an option that there is none of: another option, or a key."""
+    name, equals, value = word.lstrip("-").partition("=")
+    if close := difflib.get_close_matches(f"--{name}", OPTIONS, n=1):
+        return f"unknown option {word}; did you mean {close[0]}?"
+    following = words[words.index(word) + 1 :]
+    if not equals and following and not following[0].startswith("-") and "=" not in following[0]:
+        value = following[0]
+    return f"unknown option {word}: keys are given without dashes, as {name.replace('-', '_')}={value or '...'}"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megarlhf", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="megarlhf", description=DESCRIPTION, allow_abbrev=False)
+    version = f"megarlhf {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, cls in COMMANDS.items():
         summary = (cls.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--config", help="the run's YAML file")
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument("--config", action="append", help="the run's YAML file")
         command.add_argument("--fresh", action="store_true", help="refuse to go on with what run.dir already holds")
         command.add_argument("--help-config", action="store_true", help="list every key with its type, default and meaning")
+        command.add_argument("--version", action="version", version=version)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file, such as run.seed=2")
     return parser
 
 
-def _run(command: str, config: StageConfig | None, problem: str | None, *, fresh: bool) -> int:
+def _run(command: str, config: StageConfig | None, problem: str | None, place: Place, *, fresh: bool) -> int:
     import torch
 
+    from megarlhf.failures import leave, say, speak, status_of_other
     from megarlhf.parallel.groups import World
+    from megarlhf.parallel.rendezvous import RanksMissing
     from megarlhf.runs.agreement import refuse_together, require_same_config
 
     if config is not None and config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     try:
-        world = World.connect()
+        world = World.connect(place, timeout_minutes=config.run.timeout_minutes if config else DEFAULT_TIMEOUT_MINUTES)
+    except RanksMissing as error:
+        if error.speaks:
+            say(command, str(error), place)
+        return 1
     except ValueError as error:
-        return _refuse(command, str(error))
+        if place.rank == 0:
+            say(command, str(error), place)
+        return 2
+    world.alarm.watch(lambda rung: leave(status_of_other(rung, place)))
     try:
         refuse_together([problem] if problem else [], world)
         require_same_config(config, world)
+        for doubt in doubts(config) if world.rank == 0 else ():
+            print(f"megarlhf {command}: is this meant? {doubt}", file=sys.stderr, flush=True)
         _stage(command)(config, world, fresh=fresh)
-    except ConfigError as error:  # all ranks raise it together
-        if world.rank == 0:
-            _refuse(command, str(error))
-        world.barrier()  # a launcher ends the others when the first has ended
-        world.close()
-        return 2
-    except ValueError as error:  # perhaps on this rank only, and the others wait for it: they end when this process does
-        return _refuse(command, f"rank {world.rank} of {world.size}: {error}")
+        world.barrier()  # torchrun ends the others when one has failed, not when one is done: all are done here
+    except (Exception, KeyboardInterrupt) as error:
+        status = speak(command, error, world.alarm, place)
+        if world.size > 1:  # the others may hang, and leaving a group can wait for them
+            return status
+    else:
+        status = 0
     world.close()
-    return 0
+    return status
 
 
 def _stage(name: str) -> Callable[..., dict[str, float]]:

@@ -136,5 +136,23 @@ def plain_text(source: str, content: bytes) -> str:
         raise BadRecord(f"{source}:{line}", "invalid UTF-8", f"byte {error.start} of the file", "Save the file as UTF-8.") from error
 
 
+def start() -> int:
+    """`main` with an exit status: 2 for what the user wrote wrong, 1 for what went wrong while running, 130 after Ctrl-C."""
+    try:
+        main()
+        return 0
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        print(end.code, file=sys.stderr)
+        return 1 if isinstance(end.__cause__, OSError) else 2
+    except OSError as error:  # a full disk
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C; what was written so far is no corpus", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(start())

@@ -39,7 +39,7 @@ demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demons
 text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")
 
 echo "== base model"
-stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" $(few steps=4)
+stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" $(few steps=4 schedule.warmup_steps=1)
 echo "== SFT baseline"
 stage sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" $(few epochs=1 batch_size=256)
 echo "== the model that PPO starts from"
@@ -51,9 +51,9 @@ stage reward reward.yaml run.dir="$runs/reward" model.load="$runs/base" data.tra
 models=(policy.load="$runs/ppo_init" reference.load="$runs/ppo_init" reward.load="$runs/reward" value.load="$runs/reward")
 prompts=(data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
 echo "== PPO-ptx"
-stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2)
+stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2 ppo.warmup_iterations=1)
 echo "== plain PPO"
-stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2)
+stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2 ppo.warmup_iterations=1)
 
 echo "== evaluation"
 for model in sft ppo_init ppo ppo_ptx; do

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from megarlhf.config.rules import (
+    ROWS,
+    TOKENS,
+    Corpus,
+    Count,
+    CountOrNone,
+    NotNegative,
+    OutputFolder,
+    Positive,
+    Range,
+    Rows,
+    RunOrCheckpoint,
+    Share,
+    ShareBelowOne,
+    Text,
+    TokenizerPath,
+    Tokens,
+)
 
-def at_least(section: object, lowest: float, *names: str) -> list[str]:
-    """A sentence for every named field below `lowest`; fields that are None pass."""
-    values = {name: getattr(section, name) for name in names}
-    return [f"{name} must be at least {lowest}, got {value}" for name, value in values.items() if value is not None and value < lowest]
+Ranks = Annotated[int, Range(1, 2**16, why="there are not that many ranks")]
+Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1.3b", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b", "gpt3-175b"]
+SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_seq_len")
+"""What a preset fixes, or lets follow from what it fixes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How one model is spread over the ranks; its data-parallel size is what remains of the world."""
 
-    tp: int = 1
+    tp: Ranks = 1
     """Tensor-parallel ranks."""
-    pp: int = 1
+    pp: Ranks = 1
     """Pipeline stages."""
-    virtual_pp: int = 1
-    """Chunks of layers per stage (interleaved 1F1B); needs pp > 1, and pp > 2 where collectives go over gloo."""
+    virtual_pp: Ranks = 1
+    """Chunks of layers per stage (interleaved 1F1B); needs pp > 1."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence; needs tp > 1."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        found = at_least(self, 1, "tp", "pp", "virtual_pp")
+        found = []
         if self.virtual_pp > 1 and self.pp == 1:
             found.append(f"virtual_pp {self.virtual_pp} needs pp > 1")
         if self.sequence_parallel and self.tp == 1:
@@ -39,59 +57,67 @@ class ParallelConfig:
 class RunConfig:
     """Where a run lives, and what it leaves there."""
 
-    dir: str
+    dir: OutputFolder
     """The run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/. A run started again here goes on from its newest
     checkpoint, at any layout. Its seed, and in sft and reward its batch, must stay; what else has changed is said."""
-    seed: int = 1
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1
     """Seed of initial weights, data order, dropout and sampling."""
-    save_every: int = 0
+    save_every: CountOrNone = 0
     """Steps (PPO: iterations) between checkpoints, besides those of save_minutes and the last; 0: none."""
-    save_minutes: float | None = 30.0
+    save_minutes: Annotated[float, Range(0, 1e6)] | None = 30.0
     """Minutes after which the next step saves a checkpoint whatever its number; null: never."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay; older ones are removed after a newer is complete."""
     resume: Literal["newest", "newest_good"] = "newest"
     """The checkpoint to go on from: the newest, refused where it is damaged; or the newest whose files are what was written."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     """Steps in a row without finite gradients after which the run stops; those by which fp16 finds its loss scale do not count."""
-    eval_every: int = 0
+    eval_every: CountOrNone = 0
     """Steps (PPO: iterations) between evaluations on validation data; 0 evaluates at the end only."""
     sinks: tuple[Literal["jsonl", "wandb", "tensorboard"], ...] = ("jsonl",)
     """Where metrics go. jsonl is metrics.jsonl in the run's folder."""
     wandb_mode: Literal["offline", "online"] = "offline"
     """Whether wandb sends what it records."""
-    threads: int | None = None
+    threads: Annotated[int, Range(1, 4096)] | None = None
     """torch CPU threads of each rank; None leaves torch's own choice."""
+    timeout_minutes: Annotated[float, Range(0.05, 10080)] = 30.0
+    """How long a rank waits for another, at the start and in every exchange, before the run ends."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        found = at_least(self, 0, "seed", "save_every", "save_minutes", "eval_every")
-        return found + at_least(self, 1, "keep_checkpoints", "max_skipped_steps", "threads")
+        return [f"sinks names {kind} twice" for kind in dict.fromkeys(self.sinks) if self.sinks.count(kind) > 1]
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        found = [] if self.sinks else ["sinks is empty: the run leaves no metrics"]
+        if self.wandb_mode == "online" and "wandb" not in self.sinks:
+            found.append("wandb_mode is online, and sinks does not name wandb")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
     """A model built from nothing: a GPT-3 preset, or sizes, or a preset with some sizes replaced."""
 
-    preset: str | None = None
-    """gpt3-125m, gpt3-350m, gpt3-760m, gpt3-1.3b, gpt3-2.7b, gpt3-6.7b, gpt3-13b or gpt3-175b (Brown et al. 2020, Table 2.1)."""
-    num_layers: int | None = None
+    preset: Preset | None = None
+    """Sizes of Brown et al. 2020, Table 2.1; a size that stands beside it takes the place of the preset's, which is said."""
+    num_layers: Annotated[int, Range(1, 10_000)] | None = None
     """Transformer layers."""
-    hidden_size: int | None = None
+    hidden_size: Annotated[int, Range(1, 2**18)] | None = None
     """Width of the residual stream."""
-    num_heads: int | None = None
+    num_heads: Annotated[int, Range(1, 2**16)] | None = None
     """Attention heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int, Range(1, 2**16)] | None = None
     """Key-value heads (grouped-query attention); None: as many as heads."""
-    ffn_size: int | None = None
+    ffn_size: Annotated[int, Range(1, 2**20)] | None = None
     """Width of the feed-forward layer; None: four times hidden_size."""
-    max_seq_len: int | None = None
+    max_seq_len: Annotated[int, Range(2, TOKENS)] | None = None
     """Context in tokens; None: 2048."""
-    head_size: int | None = None
+    head_size: Annotated[int, Range(1, 2**16)] | None = None
     """Width of one attention head; None: hidden_size / num_heads."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sublayer."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(1e-20, 1)] = 1e-5
     """Added to the variance."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu_tanh"
     """Feed-forward activation; gelu_tanh is GPT-2's."""
@@ -101,19 +127,19 @@ class ArchitectureConfig:
     """Normalise each head's queries and keys (Qwen3)."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position embedding."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Range(1, 1e12, above=True)] = 10000.0
     """Base period of rotary positions."""
-    rotary_fraction: float = 1.0
+    rotary_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of each head that rotary positions turn (GPT-NeoX: 0.25)."""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """How rotary frequencies are changed for a lengthened context: not, all divided by the factor, or the slow ones (Llama 3.1)."""
-    rotary_scaling_factor: float = 1.0
+    rotary_scaling_factor: Annotated[float, Range(1, 1e6)] = 1.0
     """What frequencies are divided by."""
-    rotary_low_frequency_factor: float = 1.0
+    rotary_low_frequency_factor: Annotated[float, Range(0, 1e6, above=True)] = 1.0
     """llama3: frequencies that turn less often than this in the original context are divided."""
-    rotary_high_frequency_factor: float = 4.0
+    rotary_high_frequency_factor: Annotated[float, Range(0, 1e6, above=True)] = 4.0
     """llama3: frequencies that turn more often than this in the original context stay."""
-    rotary_original_context: int = 8192
+    rotary_original_context: Annotated[int, Range(1, TOKENS)] = 8192
     """llama3: the context in tokens before it was lengthened."""
     bias: bool = True
     """Biases in linear layers."""
@@ -121,15 +147,29 @@ class ArchitectureConfig:
     """Biases in the projections to queries, keys and values where `bias` is off (Qwen2)."""
     tied_embeddings: bool = True
     """Whether the language-model head is the embedding."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Range(0, 10, above=True)] = 0.02
     """Standard deviation of initial weights (GPT-2)."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_seq_len", "head_size")
-        found = at_least(self, 1, *sizes, "rotary_scaling_factor", "rotary_original_context")
-        if not 0 < self.rotary_fraction <= 1:
-            found.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
+        missing = [name for name in ("num_layers", "hidden_size", "num_heads") if getattr(self, name) is None]
+        if self.preset is None and missing:
+            return [f"preset or {', '.join(missing)} must be given"]
+        found = []
+        width, heads, kv_heads = self.hidden_size, self.num_heads, self.num_kv_heads
+        if width and heads and not self.head_size and width % heads:
+            rest = f"{width} % {heads} = {width % heads}"
+            found.append(f"hidden_size {width} must be divisible by num_heads {heads}, or head_size be given; {rest}")
+        if heads and kv_heads and heads % kv_heads:
+            found.append(f"num_heads {heads} must be divisible by num_kv_heads {kv_heads}; {heads} % {kv_heads} = {heads % kv_heads}")
+        return found
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        replaced = [f"{name} {getattr(self, name)}" for name in SIZES if getattr(self, name) is not None]
+        found = [f"preset {self.preset} with {', '.join(replaced)} in place of its own"] if self.preset and replaced else []
+        if self.rotary_base != 10000.0 and self.positions != "rotary":
+            found.append(f"rotary_base {self.rotary_base:g} has no effect with positions {self.positions}")
         return found
 
 
@@ -137,27 +177,31 @@ class ArchitectureConfig:
 class ModelConfig:
     """One model of a run: where its weights come from, how it is laid out and computed."""
 
-    load: str | None = None
+    load: RunOrCheckpoint | None = None
     """A run folder or a checkpoint to take weights and architecture from."""
-    load_model: str | None = None
+    load_model: Text | None = None
     """Which of a checkpoint's models; None: the only one, or the policy of a PPO run."""
     load_average: bool = True
     """Take the exponential moving average where the checkpoint has one (Ouyang et al. 2022, Appendix C.4)."""
     architecture: ArchitectureConfig | None = None
-    """A model with fresh weights; needed where `load` is not given."""
+    """A model with fresh weights, where `load` is not given; only for models that are trained."""
     parallel: ParallelConfig | None = None
     """This model's layout; None: the run's `parallel`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Weights and activations; a trained model keeps float32 master weights (the paper: fp16)."""
-    micro_batch_size: int = 8
+    micro_batch_size: Rows = 8
     """Most rows of one forward pass."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        found = at_least(self, 1, "micro_batch_size")
         if (self.load is None) == (self.architecture is None):
             both = "both are" if self.load is not None else "neither is"
-            found.append(f"load (weights of an earlier run) or architecture (fresh weights) must be given, and not both; {both}")
+            return [f"load (weights of an earlier run) or architecture (fresh weights) must be given, and not both; {both}"]
+        found = []
+        if self.architecture is not None and not isinstance(self, TrainedModelConfig):
+            found.append("architecture would give random weights to a model that is never trained: give load, a run or a checkpoint")
+        if self.load is None and self.load_model is not None:
+            found.append(f"load_model {self.load_model} names a model of a checkpoint, and load is not given")
         return found
 
 
@@ -165,24 +209,27 @@ class ModelConfig:
 class AdamConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: float
+    learning_rate: NotNegative
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: ShareBelowOne = 0.9
     """First-moment decay (Ouyang et al. 2022, Appendix C)."""
-    beta2: float = 0.95
+    beta2: ShareBelowOne = 0.95
     """Second-moment decay (Ouyang et al. 2022, Appendix C)."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(1e-20, 1)] = 1e-8
     """Added to the root of the second moment (Brown et al. 2020, Appendix B)."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
     """Decoupled decay of weight matrices; the paper names none."""
-    clip_grad: float | None = 1.0
+    clip_grad: Positive | None = 1.0
     """Largest global gradient norm (Brown et al. 2020, Appendix B); null does not clip."""
 
-    def violations(self) -> list[str]:
-        """Rules within the section."""
-        found = at_least(self, 0, "learning_rate", "eps", "weight_decay", "clip_grad")
-        betas = {"beta1": self.beta1, "beta2": self.beta2}
-        return found + [f"{name} must be in [0, 1), got {beta}" for name, beta in betas.items() if not 0 <= beta < 1]
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        if self.learning_rate == 0:
+            return ["learning_rate 0 trains nothing"]
+        found = [f"learning_rate {self.learning_rate:g} moves every weight by about as much in each step"] if self.learning_rate > 1 else []
+        if self.learning_rate * self.weight_decay >= 1:
+            found.append(f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} removes the weights in one step")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +246,9 @@ class TrainedModelConfig(ModelConfig):
 class TokenizerConfig:
     """The tokenizer that every model of a run shares."""
 
-    path: str
+    path: TokenizerPath
     """A sentencepiece .model, a Hugging Face tokenizer.json, or a folder with GPT-2's vocab.json and merges.txt."""
-    eos_token: str | None = None
+    eos_token: Text | None = None
     """The end-of-text token's text where the file does not say which it is."""
 
 
@@ -209,64 +256,73 @@ class TokenizerConfig:
 class LimitsConfig:
     """How long rows may be, and what happens to records that cannot be used."""
 
-    max_prompt_len: int = 1024
+    max_prompt_len: Tokens = 1024
     """Most tokens of a prompt (Ouyang et al. 2022, Appendix C: longer ones were filtered out)."""
-    max_response_len: int = 1024
+    max_response_len: Annotated[int, Range(2, TOKENS, why="no model here has a longer context")] = 1024
     """Most tokens of a response, EOS included (Ouyang et al. 2022, Appendix C)."""
     on_bad_record: Literal["raise", "skip"] = "raise"
     """A broken or too long record: stop with its file and line, or leave it out and report how many were."""
-
-    def violations(self) -> list[str]:
-        """Rules within the section."""
-        return at_least(self, 1, "max_prompt_len") + at_least(self, 2, "max_response_len")
-
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutTextConfig:
     """Packed text to evaluate on, in Megatron's .bin/.idx format."""
 
-    valid_prefix: str | None = None
+    valid_prefix: Corpus | None = None
     """Held-out text: path of the .bin and .idx files without their endings."""
-    seq_len: int = 2048
+    seq_len: Annotated[int, Range(2, TOKENS)] = 2048
     """Tokens of one packed row (the paper's context)."""
-    valid_rows: int = 64
+    valid_rows: Annotated[int, Range(1, ROWS)] = 64
     """Most held-out rows to evaluate on."""
-
-    def violations(self) -> list[str]:
-        """Rules within the section."""
-        return at_least(self, 2, "seq_len") + at_least(self, 1, "valid_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingDataConfig(HeldOutTextConfig):
     """Pretraining text in Megatron's .bin/.idx format, written by tools/preprocess_data.py, and held-out text beside it."""
 
-    prefix: str
+    prefix: Corpus
     """Path of the .bin and .idx files without their endings."""
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        same = self.valid_prefix == self.prefix
+        return [f"valid_prefix is prefix, {self.prefix}: the loss on it is that of text trained on"] if same else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How responses are sampled."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 100)] = 1.0
     """What logits are divided by (Ouyang et al. 2022, Appendix C.4: 1); 0 takes the most likely token."""
-    top_k: int | None = None
+    top_k: Annotated[int, Range(1, 10**7)] | None = None
     """Sample among the k most likely tokens only; null: all. In PPO top_k and top_p bias the update: its ratio is of the
     probabilities over the whole vocabulary, which are not those that were sampled from."""
-    top_p: float | None = None
+    top_p: Annotated[float, Range(0, 1, above=True)] | None = None
     """Sample among the smallest set with this probability; null: all."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Tokens = 1024
     """Longest response, EOS included (Ouyang et al. 2022, Appendix C)."""
-    max_batch_size: int | None = None
+    max_batch_size: Rows | None = None
     """Most rows that one copy of the generator holds at a time; null: all of its share."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        found = at_least(self, 0, "temperature") + at_least(self, 1, "top_k", "max_new_tokens", "max_batch_size")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p must be in (0, 1], got {self.top_p}")
-        return found
+        if 0 < self.temperature < 0.01:
+            return [f"temperature must be 0 (the most likely token) or at least 0.01, got {self.temperature:g}: logits would overflow"]
+        return []
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        cut = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
+        return [f"{name} has no effect with temperature 0" for name in cut] if self.temperature == 0 else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves from step to step."""
+
+    shape: Literal["cosine", "constant"] = "cosine"
+    """cosine: to final_fraction of the peak over the whole run (Ouyang et al. 2022, Appendices C.1 to C.3); constant."""
+    warmup_steps: CountOrNone = 0
+    """Linear warm-up steps (the paper's SFT: none)."""
+    final_fraction: Share = 0.1
+    """What the cosine ends at, as a fraction of the peak."""

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import yaml
-
-from megarlhf.config.loader import ConfigError, load_config
+from megarlhf.config.errors import ConfigError
+from megarlhf.config.fields import show
+from megarlhf.config.loader import build_config
+from megarlhf.config.relations import fresh_doubts, same_file_doubts, warmup_doubts, warmup_violations
+from megarlhf.config.rules import (
+    ROWS,
+    WHOLE_BATCH,
+    Count,
+    CountOrNone,
+    InputFile,
+    NotNegative,
+    Positive,
+    Range,
+    Rows,
+    Share,
+    ShareBelowOne,
+)
 from megarlhf.config.sections import (
     HeldOutTextConfig,
     LimitsConfig,
@@ -18,10 +33,14 @@ from megarlhf.config.sections import (
     PretrainingDataConfig,
     RunConfig,
     SamplingConfig,
+    ScheduleConfig,
     TokenizerConfig,
     TrainedModelConfig,
-    at_least,
 )
+from megarlhf.config.yaml_tree import read_yaml
+
+Epochs = Annotated[int, Range(1, 100_000)]
+Finite = Annotated[float, Range()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +58,6 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """How the learning rate moves from step to step."""
-
-    shape: Literal["cosine", "constant"] = "cosine"
-    """cosine: to final_fraction of the peak over the whole run (Ouyang et al. 2022, Appendices C.1 to C.3); constant."""
-    warmup_steps: int = 0
-    """Linear warm-up steps (the paper's SFT: none)."""
-    final_fraction: float = 0.1
-    """What the cosine ends at, as a fraction of the peak."""
-
-    def violations(self) -> list[str]:
-        """Rules within the section."""
-        return at_least(self, 0, "warmup_steps", "final_fraction")
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
     """`megarlhf pretrain`: a language model on packed text (Brown et al. 2020)."""
 
@@ -62,25 +65,29 @@ class PretrainConfig(StageConfig):
     """The model to train."""
     data: PretrainingDataConfig
     """Its text."""
-    steps: int
+    steps: Count
     """Optimizer steps."""
-    batch_size: int = 512
+    batch_size: Rows = 512
     """Rows of one step."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate's schedule."""
 
     def violations(self) -> list[str]:
         """Rules across sections."""
-        return at_least(self, 1, "steps", "batch_size")
+        return warmup_violations(self.schedule, self.steps)
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        return warmup_doubts("schedule.warmup_steps", self.schedule.warmup_steps, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftDataConfig:
     """Demonstrations."""
 
-    train: str
+    train: InputFile
     """JSONL of {"prompt", "response"}."""
-    valid: str | None = None
+    valid: InputFile | None = None
     """Demonstrations of other prompts, for validation."""
     pretraining: PretrainingDataConfig | None = None
     """Text for the pretraining mix and for the language-model loss on held-out text."""
@@ -96,13 +103,13 @@ class SftConfig(StageConfig):
     """Its demonstrations."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Row lengths and bad records."""
-    epochs: int = 16
+    epochs: Epochs = 16
     """Passes over the demonstrations: 16 for the SFT baseline (C.1), 2 for the model that PPO starts from (C.3)."""
-    batch_size: int = 32
+    batch_size: Rows = 32
     """Demonstrations of one step (32 for 1.3B and 6B, 8 for 175B)."""
-    dropout: float = 0.2
+    dropout: ShareBelowOne = 0.2
     """Residual dropout (C.1)."""
-    pretraining_mix: float = 0.0
+    pretraining_mix: ShareBelowOne = 0.0
     """Share of pretraining text in the loss, by tokens: 0.1 for the model that PPO starts from (C.3: "10 % pretraining data"; mixes
     are shares of full rows of equal length, so of tokens, in Brown et al. 2020, Table 2.2). Rows of it come on top of batch_size:
     that share of it, one at least; whatever their number, their tokens together weigh this much."""
@@ -118,11 +125,7 @@ class SftConfig(StageConfig):
 
     def violations(self) -> list[str]:
         """Rules across sections."""
-        found = at_least(self, 1, "epochs", "batch_size")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 <= self.pretraining_mix < 1:
-            found.append(f"pretraining_mix must be in [0, 1), got {self.pretraining_mix}")
+        found = []
         if self.pretraining_mix and self.data.pretraining is None:
             found.append(f"pretraining_mix {self.pretraining_mix} needs data.pretraining")
         if self.select_by != "last" and self.data.valid is None:
@@ -135,16 +138,20 @@ class SftConfig(StageConfig):
             found.append(f"reward judges only with select_by: reward, and select_by is {self.select_by}")
         return found
 
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        return same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardDataConfig:
     """Rankings."""
 
-    train: str
+    train: InputFile
     """JSONL of {"prompt", "responses", "ranks"} or {"prompt", "chosen", "rejected"}."""
-    valid: str | None = None
+    valid: InputFile | None = None
     """Rankings of other prompts, for accuracy."""
-    demonstrations: str | None = None
+    demonstrations: InputFile | None = None
     """Demonstrations whose mean score becomes 0 (Ouyang et al. 2022, section 3.5)."""
 
 
@@ -158,25 +165,25 @@ class RewardConfig(StageConfig):
     """Its rankings."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Row lengths and bad records."""
-    epochs: int = 1
+    epochs: Epochs = 1
     """Passes over the rankings; more overfit (C.2)."""
-    batch_size: int = 64
+    batch_size: Rows = 64
     """Prompts of one step, each with all of its completions (C.2)."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate's schedule: cosine to 10 % (C.2)."""
 
-    def violations(self) -> list[str]:
-        """Rules across sections."""
-        return at_least(self, 1, "epochs", "batch_size")
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        return same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PpoDataConfig:
     """Prompts."""
 
-    prompts: str
+    prompts: InputFile
     """JSONL of {"prompt"}."""
-    prompts_valid: str | None = None
+    prompts_valid: InputFile | None = None
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None
     """Text for the pretraining term and for the language-model loss on held-out text."""
@@ -186,67 +193,71 @@ class PpoDataConfig:
 class AdaptiveKlConfig:
     """A coefficient that follows a target KL (Ziegler et al. 2019, section 2.2); the paper's is fixed."""
 
-    target: float = 6.0
+    target: Positive = 6.0
     """KL of a whole response in nats."""
-    horizon: int = 10000
+    horizon: Count = 10000
     """Episodes over which the coefficient may move by about a fifth."""
-
-    def violations(self) -> list[str]:
-        """Rules within the section."""
-        found = [] if self.target > 0 else [f"target must be above 0, got {self.target}"]
-        return found + at_least(self, 1, "horizon")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PpoSettings:
     """PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2 and Appendix C.4)."""
 
-    iterations: int = 500
+    iterations: Count = 500
     """Rollout-and-update rounds: 256k episodes in batches of 512."""
-    batch_size: int = 512
+    batch_size: Rows = 512
     """Episodes of one iteration."""
-    minibatch_size: int = 64
+    minibatch_size: Rows = 64
     """Episodes of one optimizer step."""
-    epochs: int = 1
+    epochs: Epochs = 1
     """Passes over an iteration's episodes."""
-    kl_coef: float = 0.02
+    kl_coef: NotNegative = 0.02
     """beta: weight of the per-token KL penalty against the reference."""
     adaptive_kl: AdaptiveKlConfig | None = None
     """Let kl_coef follow a target; null keeps it fixed, as the paper does."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount: none."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """GAE's lambda (not in the paper; Stiennon et al. 2020, Appendix B.1)."""
-    clip: float = 0.2
+    clip: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
     """Clip range of the probability ratio."""
-    value_clip: float | None = 0.2
+    value_clip: Positive | None = 0.2
     """Clip range of the value's change (not in the paper; Ziegler et al. 2019's code); null does not clip."""
     standardize_advantages: bool = True
     """Advantages to mean 0 and variance 1 over the iteration's response tokens (not in the paper; Ziegler et al.'s code)."""
-    ptx_coef: float = 27.8
+    ptx_coef: NotNegative = 27.8
     """gamma of equation 2: weight of the pretraining term; 0 is plain PPO."""
-    ptx_ratio: int = 8
+    ptx_ratio: Rows = 8
     """Pretraining rows per episode."""
-    unfinished_penalty: float | None = None
+    unfinished_penalty: Finite | None = None
     """Score of a response that did not end within its limit (Ziegler et al. 2019: -1); null keeps the reward model's."""
     recompute_logprobs: bool = True
     """Take the acting policy's log-probabilities from a forward pass of the trainer, so that the first minibatch's ratio is
     exactly 1 in every precision: it scores the micro-batches that the first epoch trains. false takes the generator's, the
     same model's up to the rounding of its precision, and saves that pass."""
-    warmup_iterations: int = 10
+    warmup_iterations: CountOrNone = 10
     """Iterations over which both learning rates rise linearly from a tenth; constant after."""
-    ema_decay: float = 0.992
-    """Decay of the policy's moving average, per iteration."""
+    ema_decay: ShareBelowOne = 0.992
+    """Decay of the policy's moving average, per iteration; 0 keeps the newest weights."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""
-        found = at_least(self, 1, "iterations", "batch_size", "minibatch_size", "epochs", "ptx_ratio")
-        found += at_least(self, 0, "kl_coef", "clip", "value_clip", "ptx_coef", "warmup_iterations")
-        if self.minibatch_size >= 1 and self.batch_size % self.minibatch_size:
-            rest = self.batch_size % self.minibatch_size
+        found = []
+        if rest := self.batch_size % self.minibatch_size:
             found.append(f"batch_size {self.batch_size} must be divisible by minibatch_size {self.minibatch_size}; rest {rest}")
-        names = ("gamma", "gae_lambda", "ema_decay")
-        return found + [f"{n} must be in [0, 1], got {getattr(self, n)}" for n in names if not 0 <= getattr(self, n) <= 1]
+        if self.ptx_coef and self.ptx_ratio * self.batch_size > ROWS:
+            rows = f"ptx_ratio {self.ptx_ratio} times batch_size {self.batch_size}"
+            found.append(f"{rows} must be at most {ROWS} rows, got {self.ptx_ratio * self.batch_size}: {WHOLE_BATCH}")
+        return found
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        found = warmup_doubts("warmup_iterations", self.warmup_iterations, self.iterations)
+        if self.unfinished_penalty is not None and self.unfinished_penalty > 0:
+            found.append(f"unfinished_penalty {self.unfinished_penalty:g} is above 0: it would reward responses that do not end")
+        if self.kl_coef == 0 and self.adaptive_kl is None:
+            found.append("kl_coef 0 lets the policy move away from the reference freely")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +300,16 @@ class PpoConfig(StageConfig):
             found.append("generation.sampling.temperature 0 explores nothing: PPO needs a positive temperature")
         return found
 
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
+        found += fresh_doubts(policy=self.policy, value=self.value)
+        if self.policy.load != self.reference.load and self.policy.load is not None:
+            found.append(f"reference.load {self.reference.load} is not what the policy starts from, policy.load {self.policy.load}")
+        sampling = self.generation.sampling
+        biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
+        return found + [f"generation.sampling.{name} samples from other probabilities than the update assumes" for name in biased]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(StageConfig):
@@ -296,7 +317,7 @@ class GenerateConfig(StageConfig):
 
     model: ModelConfig
     """The model to sample from."""
-    prompts: str
+    prompts: InputFile
     """JSONL of {"prompt"}."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Prompt lengths and bad records."""
@@ -314,11 +335,11 @@ class EvaluateConfig(StageConfig):
     """A reward model that scores the language model's responses to `prompts`, and is judged by `rankings`."""
     reference: ModelConfig | None = None
     """A language model against which the KL of the responses is taken."""
-    prompts: str | None = None
+    prompts: InputFile | None = None
     """JSONL of {"prompt"} to answer."""
-    demonstrations: str | None = None
+    demonstrations: InputFile | None = None
     """JSONL of {"prompt", "response"}: loss on the responses."""
-    rankings: str | None = None
+    rankings: InputFile | None = None
     """JSONL of rankings: the accuracy of `reward`, or of `model` where that is a reward model."""
     text: HeldOutTextConfig | None = None
     """Packed text: language-model loss."""
@@ -355,18 +376,15 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = (), *, comman
     ConfigError (a ValueError) lists every violation at once; also where the file is for another command than `command`.
     """
     path = Path(path)
-    stage = _stage_of(path)
+    tree = read_yaml(path)
+    stage = tree.get("stage")
+    if not isinstance(stage, str) or stage not in COMMANDS:
+        close = difflib.get_close_matches(str(stage), COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{path}: stage must be one of {', '.join(COMMANDS)}, got {show(stage)}{hint}")
     if command is not None and stage != command:
         raise ConfigError(f"{path}: stage is {stage}; run it with `megarlhf {stage}`, not `megarlhf {command}`")
-    return load_config(COMMANDS[stage], path, overrides)
-
-
-def _stage_of(path: Path) -> str:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    stage = content.get("stage") if isinstance(content, dict) else None
-    if stage not in COMMANDS:
-        raise ConfigError(f"{path}: stage must be one of {', '.join(COMMANDS)}, got {stage!r}")
-    return stage
+    config = build_config(COMMANDS[stage], tree, overrides, name=str(path))
+    if config.stage != stage:
+        raise ConfigError(f"command line: stage: the file is for {stage}, and an override cannot make it one for {config.stage}")
+    return config

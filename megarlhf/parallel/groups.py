@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
+import functools
+import socket
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megarlhf.parallel import platform
+from megarlhf.parallel.alarm import Alarm
+from megarlhf.parallel.launch import Place, place_in_run
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
+from megarlhf.parallel.rendezvous import connect_store, meet
 
 ProcessGroup = dist.ProcessGroup
 
@@ -84,29 +88,44 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    timeout: datetime.timedelta
+    """Of every exchange in every group."""
+    alarm: Alarm
+    """How ranks hear that another has failed."""
     _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
     @staticmethod
-    def connect(*, timeout_minutes: float = 30.0) -> World:
+    def connect(place: Place | None = None, *, timeout_minutes: float = 30.0) -> World:
         """Join the run that torchrun or srun started, or a run of one process where neither did.
 
-        Uses an already initialised default group as it is. ValueError where srun started several tasks without a
-        rendezvous address.
+        Uses an already initialised default group as it is. No rank waits for another longer than `timeout_minutes`, now or in any
+        exchange. ValueError where the environment is half set, or two ranks would use one GPU; RanksMissing where some do not come.
         """
         platform.prepare_megatron()
         platform.keep_freed_memory()
-        rank, size, local_rank = _place_in_run()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-        if not dist.is_initialized():
-            timeout = datetime.timedelta(minutes=timeout_minutes)
-            if size == 1:
-                dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            else:
-                dist.init_process_group(platform.backend(), rank=rank, world_size=size, timeout=timeout)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        place = place or place_in_run()
+        device = _choose_device(place.local_rank)
+        reconnect = None
+        if dist.is_initialized():
+            store = dist.PrefixStore("megarlhf", dist.distributed_c10d._get_default_store())
+        elif place.size == 1:
+            store = dist.HashStore()
+            dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            store, devices = meet(place, timeout=timeout, about=device)
+            if found := shared_devices(devices):
+                raise ValueError("; ".join(found))
+            reconnect = functools.partial(connect_store, place, is_host=False, timeout=timeout)
+            group_store = dist.PrefixStore("default_group", store)
+            dist.init_process_group(platform.backend(), store=group_store, rank=place.rank, world_size=place.size, timeout=timeout)
         _prepare_megatron_globals()
-        return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=platform.device())
+        rank = dist.get_rank()
+        return World(
+            rank=rank, size=dist.get_world_size(), local_rank=place.local_rank, device=platform.device(), timeout=timeout,
+            alarm=Alarm(store, rank, reconnect),
+        )
 
     def layout(self, *, tp: int = 1, pp: int = 1, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
         """The layout with these axes over all ranks of this world."""
@@ -137,7 +156,7 @@ class World:
             return dist.group.WORLD
         key = (apart, tuple(map(tuple, peers)))
         if key not in self._groups:
-            made = {ranks: dist.new_group(list(ranks)) for ranks in key[1]}
+            made = {ranks: dist.new_group(list(ranks), timeout=self.timeout) for ranks in key[1]}
             self._groups[key] = next((group for ranks, group in made.items() if self.rank in ranks), None)
         return self._groups[key]
 
@@ -147,24 +166,41 @@ class World:
 
     def close(self) -> None:
         """Leave the run."""
+        self.alarm.close()
         self._groups.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _place_in_run() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's environment, else from srun's, else a run of one."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ValueError(
-                "srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: export them before srun, "
-                "for example MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
-            )
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
+def device_of_rank(local_rank: int, num_devices: int) -> int:
+    """The CUDA device of a rank: its own number; where a launcher shows each rank only its own devices, the one it sees.
+
+    Two ranks on one device are found by the device's own number, not by this one: see `shared_devices`.
+    """
+    return local_rank % num_devices
+
+
+def shared_devices(places: list[str]) -> list[str]:
+    """A sentence for every device that several ranks would use; `places` are "host device" in rank order, "host" on the CPU."""
+    ranks: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks.setdefault(place, []).append(rank)
+    return [
+        f"ranks {', '.join(map(str, sharing))} would share the GPU {place.split()[1]} of {place.split()[0]}: "
+        "start no more ranks on a machine than it has GPUs"
+        for place, sharing in ranks.items()
+        if len(sharing) > 1 and " " in place
+    ]
+
+
+def _choose_device(local_rank: int) -> str:
+    """Make this rank's CUDA device the current one; returns what tells it from all others: "host uuid", or "host" on the CPU."""
+    host = socket.gethostname()
+    if not torch.cuda.is_available():
+        return host
+    index = device_of_rank(local_rank, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    return f"{host} {torch.cuda.get_device_properties(index).uuid}"
 
 
 def _prepare_megatron_globals() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
 
-from megarlhf.config import ConfigError, dump_yaml
+from megarlhf.config import ConfigError
+from megarlhf.config.fields import show, values_of
 from megarlhf.config.stages import StageConfig
 from megarlhf.parallel.collectives import broadcast_object, gather_objects
 from megarlhf.parallel.groups import World
 
 T = TypeVar("T")
+ABSENT = "absent"
+"""Stands for a key of a section that one rank has and the other has not."""
 
 
 class RunError(RuntimeError):
@@ -20,11 +23,20 @@ class RunError(RuntimeError):
 
 
 def require_same_config(config: StageConfig, world: World) -> None:
-    """ConfigError on every rank when the ranks were not given the same configuration; a collective of the world."""
-    texts = gather_objects(dump_yaml(config))
-    others = [str(rank) for rank in range(world.size) if texts[rank] != texts[0]]
-    if others:
-        raise ConfigError(f"rank {', '.join(others)} of {world.size} was given another configuration than rank 0: is its file the same?")
+    """ConfigError on every rank when the ranks were not given the same configuration; a collective of the world.
+
+    It names every key that differs, with both values.
+    """
+    given = [dict(values_of(config)) for config in gather_objects(config)]
+    ranks: dict[str, list[int]] = {}
+    for rank, values in enumerate(given):
+        for key in [*given[0], *(key for key in values if key not in given[0])]:
+            if values.get(key, ABSENT) != given[0].get(key, ABSENT):
+                difference = f"{key} is {show(values.get(key, ABSENT))}, and {show(given[0].get(key, ABSENT))} on rank 0"
+                ranks.setdefault(difference, []).append(rank)
+    if ranks:
+        lines = [f"rank {', '.join(map(str, those))} of {world.size}: {difference}" for difference, those in ranks.items()]
+        raise ConfigError("\n".join(["the ranks were given different configurations:", *lines]))
 
 
 def refuse_together(problems: Sequence[str], world: World, *, error: type[Exception] = ConfigError) -> None:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from megarlhf.algorithms.learning_rate import constant_with_warmup, cosine
+from megarlhf.config import ConfigError
+from megarlhf.config.relations import warmup_violations
 from megarlhf.config.stages import ScheduleConfig
+
+
+def refuse_long_warmup(schedule: ScheduleConfig, total_steps: int) -> None:
+    """ConfigError where the warm-up does not fit into a run whose length followed from its data; the same on every rank."""
+    if found := warmup_violations(schedule, total_steps):
+        raise ConfigError("; ".join(found))
 
 
 def scheduled_rate(schedule: ScheduleConfig, step: int, *, peak: float, total_steps: int) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
 
+from megarlhf.storage.files import write_atomically
 from megarlhf.telemetry.jsonl import JsonLines
 
 KINDS = ("jsonl", "wandb", "tensorboard")
@@ -59,8 +62,9 @@ class WandbSink:
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=id_file.read_text().strip(), resume="allow")
+            write_atomically(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
         self._stages: set[str] = set()
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -108,6 +112,17 @@ class TensorboardSink:
         if stage not in self._writers:
             self._writers[stage] = self._module.SummaryWriter(str(self._path / stage), purge_step=purge_step)
         return self._writers[stage]
+
+
+def check_sinks(kinds: Sequence[str]) -> list[str]:
+    """A sentence for every kind whose package is not installed: known before anything is built. Imports nothing heavy."""
+    packages = {"wandb": "wandb", "tensorboard": "tensorboard"}
+    needed = [(kind, packages[kind]) for kind in kinds if kind in packages]
+    return [
+        f"run.sinks: {kind} needs the package {package}, which is not installed: pip install {package}, or leave {kind} out"
+        for kind, package in needed
+        if package in sys.modules and sys.modules[package] is None or importlib.util.find_spec(package) is None
+    ]
 
 
 def make_sinks(

@@ -16,7 +16,7 @@ from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
-from megarlhf.runs.schedules import scheduled_rate
+from megarlhf.runs.schedules import refuse_long_warmup, scheduled_rate
 
 
 class RewardModelTraining(Stage):
@@ -48,6 +48,7 @@ class RewardModelTraining(Stage):
         self.models = {"reward": self.model}
         self.notes = [*records.notes, *planner.notes]
         self.total_steps = config.epochs * math.ceil(len(self.rankings) / config.batch_size)
+        refuse_long_warmup(config.schedule, self.total_steps)
         self.phases = Phases()
 
     def step(self, number: int) -> dict[str, float]:

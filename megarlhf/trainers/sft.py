@@ -20,7 +20,7 @@ from megarlhf.runs.models import ModelPlanner
 from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
-from megarlhf.runs.schedules import scheduled_rate
+from megarlhf.runs.schedules import refuse_long_warmup, scheduled_rate
 
 
 class SupervisedFineTuning(Stage):
@@ -58,6 +58,7 @@ class SupervisedFineTuning(Stage):
         self.judge = self._judge(valid, planner.build_frozen(reward) if reward else None) if valid else None
         self.notes = [*records.notes, *planner.notes]
         self.total_steps = config.epochs * math.ceil(len(self.demonstrations) / config.batch_size)
+        refuse_long_warmup(config.schedule, self.total_steps)
         self.best: float | None = None
         self.phases = Phases()
 

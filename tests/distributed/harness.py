@@ -189,7 +189,7 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
 
     world_size, rendezvous, timeout, call = pickle.loads(job)
     faulthandler.dump_traceback_later(timeout, file=stack)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT="29500")
     check, args = pickle.loads(call)
     patience = datetime.timedelta(seconds=timeout + 60)  # a hang is ours to report, not gloo's
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=patience)

@@ -19,14 +19,18 @@ data: {train: r.jsonl}
 def started(monkeypatch):
     """What would have been run, in place of running it."""
     runs = []
-    monkeypatch.setattr(cli, "_run", lambda command, config, problem, *, fresh: runs.append((command, config, problem, fresh)) or 0)
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+    monkeypatch.setattr(cli, "_run", lambda command, config, problem, place, *, fresh: runs.append((command, config, problem, fresh)) or 0)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return runs
 
 
 @pytest.fixture
-def yaml(tmp_path):
+def yaml(tmp_path, monkeypatch):
+    for name in ("t.model", "r.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(YAML)
     return str(path)
@@ -38,7 +42,7 @@ def yaml(tmp_path):
 )
 def test_overrides_and_options_come_in_any_order(line):
     options = cli._parsed(["reward", *line.split()])
-    assert (options.command, options.config, options.fresh) == ("reward", "F", True)
+    assert (options.command, options.config, options.fresh) == ("reward", ["F"], True)
     assert options.overrides == ["a.b=1", "c=2"]
 
 
@@ -57,7 +61,7 @@ def test_what_is_wrong_is_printed_without_a_traceback(started, yaml, capsys):
     assert 'command line: batch_size: expected int, got "many"' in err
     for arguments, said in {
         ("ppo", "--config", yaml): "stage is reward; run it with `megarlhf reward`, not `megarlhf ppo`",
-        ("ppo", "--config", "nowhere.yaml"): "nowhere.yaml: cannot be read",
+        ("ppo", "--config", "nowhere.yaml"): "nowhere.yaml: there is no such file",
         ("ppo",): "megarlhf ppo: --config is missing",
         ("reward", "--config", yaml, "batch_size"): "'batch_size' is not of the form section.key=value",
     }.items():
@@ -66,9 +70,10 @@ def test_what_is_wrong_is_printed_without_a_traceback(started, yaml, capsys):
     assert not started
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
-def test_several_ranks_meet_before_one_says_what_is_wrong(started, yaml, capsys, monkeypatch, variable):
-    monkeypatch.setenv(variable, "8")
+@pytest.mark.parametrize("names", ["RANK WORLD_SIZE", "SLURM_PROCID SLURM_NTASKS"])
+def test_several_ranks_meet_before_one_says_what_is_wrong(started, yaml, capsys, monkeypatch, names):
+    for name, value in zip([*names.split(), "MASTER_ADDR", "MASTER_PORT"], ["3", "8", "localhost", "29500"], strict=True):
+        monkeypatch.setenv(name, value)
     cli.main(["reward", "--config", yaml, "run.sed=3"])
     [(_, config, problem, _)] = started
     assert config is None and "did you mean run.seed?" in problem

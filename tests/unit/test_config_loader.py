@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -148,7 +147,9 @@ def test_a_section_completes_from_the_fields_default(load):
         ("policy: {}\nseed: 1.0", "seed: expected int, got 1.0"),
         ("policy: {}\nresume: 1", "resume: expected bool, got 1"),
         ("policy: {}\nkl_coef: fast", 'kl_coef: expected float, got "fast"'),
-        ("policy: {}\nkl_coef: .nan", "kl_coef: expected float, got NaN"),
+        ("policy: {}\nkl_coef: .nan", "kl_coef must be a finite number, got nan"),
+        ("policy: {}\nkl_coef: -.inf", "kl_coef must be a finite number, got -inf"),
+        ("policy: {optimizer: {betas: [0, .inf]}}", "policy.optimizer.betas[1] must be a finite number, got inf"),
         ("policy: {}\nkl_coef: false", "kl_coef: expected float, got false"),
         ("policy: {name: 7}", "policy.name: expected str, got 7; put it in quotes to make it a string"),
         ("policy: {checkpoint: 7}", "policy.checkpoint: expected path or null, got 7"),
@@ -199,7 +200,7 @@ def test_rules_across_sections_join_the_rules_of_sections(refused):
 
 def test_overrides(load, refused):
     text = "policy: &model {layout: {tp: 2}}\nvalue: *model\nseed: 1"
-    config = load(text, "seed=1", "seed=7", "policy.layout.pp=4", "ema.decay=1e-1", "stop=[a, b]", "policy.checkpoint=x=y")
+    config = load(text, "seed=7", "policy.layout.pp=4", "ema.decay=1e-1", "stop=[a, b]", "policy.checkpoint=x=y")
     assert (config.seed, config.stop, config.ema) == (7, ("a", "b"), Ema(decay=0.1))
     assert config.policy.layout == Layout(tp=2, pp=4)
     assert config.value.layout == Layout(tp=2), "sections shared by a YAML alias must not change together"
@@ -218,7 +219,7 @@ def test_broken_files(refused, tmp_path):
     assert refused("policy: !!python/object:os.system {}")[0].startswith("run.yaml, line 1, column 9: broken YAML: could not determine")
     assert refused("[1, 2]") == ["run.yaml: expected keys and values, got [1, 2]"]
     assert refused("") == ["run.yaml: policy: missing, expected section"]
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: there is no such file"):
         load_config(Run, tmp_path / "none.yaml")
 
 
@@ -226,7 +227,7 @@ def test_dumped_yaml_reads_back_equal(load):
     awkward = "1e-5 1.5E3 off null ~ 010 1_0 .5 1. 1.e3 .inf 12:30:00 2022-03-04 << = # true {} 0x1F".split()
     awkward = (*awkward, "", "a: b", " x\n\ty ", "\u00e9\u2028")
     config = Run(
-        policy=Model(optimizer=Optimizer(lr=1e-7, betas=(1 / 3, math.inf)), checkpoint=Path("1e5"), name="on"),
+        policy=Model(optimizer=Optimizer(lr=1e-7, betas=(1 / 3, 1e300)), checkpoint=Path("1e5"), name="on"),
         sources=(Source(path=Path("/data/x y"), weight=1e22),),
         stop=awkward,
         ema=Ema(),

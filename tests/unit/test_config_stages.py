@@ -61,18 +61,18 @@ RULES = [
     ("ppo", ["generation.sampling.temperature=0"], "generation.sampling.temperature 0 explores nothing"),
     ("ppo", ["ppo.gae_lambda=1.5"], "ppo.gae_lambda must be in [0, 1], got 1.5"),
     ("ppo", ["ppo.kl_coef=-0.1"], "ppo.kl_coef must be at least 0, got -0.1"),
-    ("ppo", ["ppo.adaptive_kl.target=0"], "ppo.adaptive_kl.target must be above 0, got 0.0"),
+    ("ppo", ["ppo.adaptive_kl.target=0"], "ppo.adaptive_kl.target must be above 0, got 0"),
     ("ppo", ["ppo.adaptive_kl.horizon=0"], "ppo.adaptive_kl.horizon must be at least 1, got 0"),
-    ("ppo", ["generation.sampling.top_p=0"], "generation.sampling.top_p must be in (0, 1], got 0.0"),
+    ("ppo", ["generation.sampling.top_p=0"], "generation.sampling.top_p must be in (0, 1], got 0"),
     ("ppo", ["value.load=runs/reward"], "or architecture (fresh weights) must be given, and not both; both are"),
     ("ppo", ["reward.load=null"], "neither is"),
-    ("ppo", ["policy.adam.beta2=1"], "policy.adam.beta2 must be in [0, 1), got 1.0"),
+    ("ppo", ["policy.adam.beta2=1"], "policy.adam.beta2 must be in [0, 1), got 1"),
     ("ppo", ["policy.parallel.sequence_parallel=true"], "policy.parallel.sequence_parallel needs tp > 1"),
     ("ppo", ["parallel.virtual_pp=2"], "parallel.virtual_pp 2 needs pp > 1"),
     ("ppo", ["run.seed=-1"], "run.seed must be at least 0, got -1"),
     ("sft", ["pretraining_mix=0.1"], "pretraining_mix 0.1 needs data.pretraining"),
-    ("sft", ["pretraining_mix=1", "data.pretraining.prefix=text"], "pretraining_mix must be in [0, 1), got 1.0"),
-    ("sft", ["dropout=1"], "dropout must be in [0, 1), got 1.0"),
+    ("sft", ["pretraining_mix=1", "data.pretraining.prefix=text"], "pretraining_mix must be in [0, 1), got 1"),
+    ("sft", ["dropout=1"], "dropout must be in [0, 1), got 1"),
     ("sft", ["select_by=valid_loss", "run.eval_every=5"], "select_by valid_loss needs data.valid"),
     ("sft", ["select_by=valid_loss", "data.valid=v.jsonl"], "select_by valid_loss needs run.eval_every"),
     ("sft", ["select_by=reward", "data.valid=v", "run.eval_every=5"], "select_by reward needs reward, the model that judges"),
@@ -100,7 +100,7 @@ def test_all_violations_are_said_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         load(tmp_path, "ppo", *wrong)
     said = str(error.value)
-    for text in ("policy.adam.lr: unknown key", "did you mean ppo.ptx_coef?", "clip_grad must be at least 0", "tp must be", "epochs"):
+    for text in ("policy.adam.lr: unknown key", "did you mean ppo.ptx_coef?", "clip_grad must be above 0", "tp must be", "epochs"):
         assert text in said
 
 
@@ -109,13 +109,13 @@ def test_a_file_is_for_one_command(tmp_path):
     path.write_text("stage: sft\n")
     with pytest.raises(ConfigError, match="stage is sft; run it with `megarlhf sft`, not `megarlhf ppo`"):
         load_stage_config(path, command="ppo")
-    for text in ("stage: rlhf\n", "seed: 1\n", "- 1\n", ""):
+    for text in ("stage: rlhf\n", "seed: 1\n", "stage: [sft]\n", ""):
         path.write_text(text)
         with pytest.raises(ConfigError, match="run.yaml: stage must be one of pretrain, sft, reward, ppo, generate, evaluate, got"):
             load_stage_config(path)
     for text in ("stage: [\n", "stage: sft\n\tx: 1\n"):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="run.yaml: cannot be read: "):
+        with pytest.raises(ConfigError, match=r"run.yaml, line \d, column \d: broken YAML: "):
             load_stage_config(path)
-    with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match="nowhere.yaml: there is no such file: give --config the run's YAML file; .* has run.yaml"):
         load_stage_config(tmp_path / "nowhere.yaml")

@@ -27,6 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers",),
+    ("failures",),
     ("cli",),
     ("__main__",),
 )

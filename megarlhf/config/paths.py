@@ -1,0 +1,101 @@
+"""What the paths of a configuration must name on disk: looked up before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megarlhf.config.fields import annotations_of, join, sections_of, without_none, without_rules
+from megarlhf.config.rules import PathTo
+
+
+def path_problems(config: Any) -> list[str]:
+    """A sentence for every path that names nothing, or not what it must: with what is there instead."""
+    found = []
+    for at, section in sections_of(config):
+        annotations = annotations_of(type(section))
+        for field in fields(section):
+            value = getattr(section, field.name)
+            for rule in without_rules(without_none(annotations[field.name])[0])[1]:
+                if isinstance(rule, PathTo) and value is not None and (problem := _checked(rule, value)):
+                    found.append(f"{join(at, field.name)}: {problem}")
+    return found
+
+
+def _checked(rule: PathTo, path: str) -> str | None:
+    try:
+        return _CHECKS[rule.what](Path(path))
+    except (OSError, ValueError) as error:  # a name too long, a link to itself, a folder that may not be looked into
+        return f"{_cut(path)} cannot be looked up: {getattr(error, 'strerror', None) or error}"
+
+
+def _file(path: Path) -> str | None:
+    if not _exists(path):
+        return _missing(path, "file")
+    if path.is_dir():
+        return f"{path} is a folder, and a file is needed"
+    return None if os.access(path, os.R_OK) else f"{path} may not be read by this user"
+
+
+def _corpus(prefix: Path) -> str | None:
+    for ending in (".bin", ".idx"):
+        path = prefix.with_name(prefix.name + ending)
+        if not path.is_file():
+            hint = "; give the path without .bin or .idx" if prefix.suffix in (".bin", ".idx") and prefix.is_file() else ""
+            return _missing(path, "file") + hint
+        if not os.access(path, os.R_OK):
+            return f"{path} may not be read by this user"
+    return None
+
+
+def _tokenizer(path: Path) -> str | None:
+    return None if _exists(path) else _missing(path, "tokenizer")
+
+
+def _run(path: Path) -> str | None:
+    if not _exists(path):
+        return _missing(path, "run or checkpoint")
+    return None if path.is_dir() else f"{path} is a file; a run's folder or a checkpoint's is needed"
+
+
+def _output(path: Path) -> str | None:
+    there = path
+    while not _exists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        return f"{there} is a file, and a folder is needed there"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to by this user"
+
+
+_CHECKS: dict[str, Callable[[Path], str | None]] = {
+    "file": _file, "corpus": _corpus, "tokenizer": _tokenizer, "run": _run, "output": _output,
+}
+
+
+def _exists(path: Path) -> bool:
+    """Whether the path is there. OSError where no file system could hold its name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _missing(path: Path, what: str) -> str:
+    """That nothing is there, and what is: the likeliest names first."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no {what} {_cut(str(path))}, and no folder {_cut(str(folder))} (started in {Path.cwd()})"
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    close = difflib.get_close_matches(path.name, there, n=3)
+    listed = [*close, *(name for name in there if name not in close)]
+    beside = f"{', '.join(listed[:6])}{', ...' if len(listed) > 6 else ''}" if listed else "nothing"
+    return f"there is no {what} {path}; {'this folder' if str(folder) == '.' else folder} holds {beside}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
