@@ -68,7 +68,7 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
         "generation layout": (recipe / "ppo.yaml", [at, "generation.parallel={tp: 2, sequence_parallel: true}"]),
         "generation ranks": (recipe / "ppo.yaml", [at, "generation.parallel={tp: 4}"]),
         "heads": (recipe / "base.yaml", [at, "model.architecture.num_heads=3", "parallel.tp=2"]),
-        "layers": (recipe / "base.yaml", [at, "model.architecture.num_layers=3", "parallel.pp=2"]),
+        "layers": (recipe / "base.yaml", [at, "model.architecture.num_layers=1", "parallel.pp=2"]),
         "tokenizer": (recipe / "sft.yaml", [at, "tokenizer.path=nothing.model"]),
         "policy from a reward model": (recipe / "ppo.yaml", [at, f"policy.load={recipe}/runs/reward"]),
         "which model": (recipe / "evaluate.yaml", [at, "reward.load_model=valu", f"reward.load={recipe}/runs/ppo"]),
@@ -106,7 +106,7 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
     assert said["generation layout"].startswith("generation.parallel: decoding one position at a time has no use for sequence_parallel")
     assert said["generation ranks"].startswith("generation: a layout of tp 4 x pp 1 = 4 ranks per copy does not divide the 2 ranks")
     assert "hidden_size 32 must be divisible by num_heads 3" in said["heads"]
-    assert "num_layers 3 must be divisible by pp * virtual_pp = 2 * 1; 3 % 2 = 1" in said["layers"]
+    assert "num_layers 1 must be at least pp * virtual_pp = 2 * 1 = 2: each chunk of a stage holds a layer" in said["layers"]
     assert said["tokenizer"].startswith("tokenizer: there is no tokenizer at nothing.model")
     assert "step_00000004 holds a model with a scalar head (reward or value), and a language model is needed" in said[
         "policy from a reward model"

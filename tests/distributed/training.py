@@ -40,7 +40,7 @@ NEOX = dataclasses.replace(
 )
 SPECS = {
     "gpt2": ModelSpec(architecture=GPT2, head="lm"),
-    "deep": ModelSpec(architecture=dataclasses.replace(GPT2, num_layers=8), head="lm"),
+    "deep": ModelSpec(architecture=dataclasses.replace(GPT2, num_layers=10), head="lm"),
     "llama": ModelSpec(architecture=LLAMA, head="lm"),
     "value": ModelSpec(architecture=GPT2, head="scalar"),
     "reward": ModelSpec(architecture=LLAMA, head="scalar"),
