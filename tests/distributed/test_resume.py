@@ -219,7 +219,7 @@ def test_text_may_come_in_later(recipe, ranks1, tmp_path):
 @pytest.mark.parametrize(("override", "said"), [
     ("pretraining_mix=0", "pretraining_mix is 0.0, but the run began with 0.25"),
     ("select_by=valid_loss", 'select_by is "valid_loss", but the run began with "last"'),
-    ("batch_size=4", "batch_size is 4, but the run began with 8"),
+    ("batch_size=4", "batch_size is 4, but the run began with 6"),
 ])  # fmt: skip
 def test_what_sft_keeps(recipe, ranks1, tmp_path, override, said):
     shutil.copytree(recipe / "runs" / "sft", tmp_path / "sft")

@@ -16,7 +16,7 @@ import torch
 from megarlhf.config import ConfigError
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.evaluation.responses import Purpose, generate
+from megarlhf.evaluation.responses import Purpose, ResponseJudge, generate
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
 from megarlhf.runs.checkpoints import find_source
@@ -334,7 +334,7 @@ def check_purposes(folder, runs):
     assert seeds == [by_purpose["ppo rollouts"], by_purpose["ppo validation"]]
     stage = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'sft'}"], stop_before=0)
     found = [stage.judge.purpose, stage.judge.seed]
-    with mock.patch("megarlhf.trainers.judge.ResponseJudge.judge", lambda judge: found.append(judge.purpose) or _enough()):
+    with mock.patch.object(ResponseJudge, "judge", lambda judge: found.append(judge.purpose) or _enough()):
         for name in ("generate", "evaluate"):
             with contextlib.suppress(Interrupted):
                 run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}"])
@@ -529,4 +529,4 @@ def test_rankings_are_judged_by_the_reward_model_that_is_given(recipe, ranks1, t
     refused = ranks1.run(check_rankings, recipe, tmp_path)[0]
     beside, alone = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("beside", "alone"))
     assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy"}
-    assert refused == "rankings: they need a reward model: `model` is a language model, and `reward` is not given"
+    assert "model: load_model must name one of policy, value in" in refused
