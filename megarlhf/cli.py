@@ -134,7 +134,7 @@ def _run(command: str, config: StageConfig | None, problem: str | None, place: P
         world = World.connect(place, timeout_minutes=config.run.timeout_minutes if config else DEFAULT_TIMEOUT_MINUTES)
     except RanksMissing as error:
         if error.speaks:
-            say(command, str(error), place)
+            say(command, "\n".join([str(error), *([problem] if problem else [])]), place)
         return 1
     except ValueError as error:
         if place.rank == 0:

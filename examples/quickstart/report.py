@@ -24,8 +24,8 @@ def main() -> None:
     responses, metrics = {}, {}
     for folder in MODELS.values():
         path = args.runs / "evaluation" / folder
-        responses[folder] = [json.loads(line) for line in (path / "responses.jsonl").read_text().splitlines()]
-        metrics[folder] = json.loads((path / "evaluation.json").read_text())
+        responses[folder] = [json.loads(line) for line in (path / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+        metrics[folder] = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
 
     rows = []
     for name, folder in MODELS.items():

@@ -54,7 +54,8 @@ class WandbSink:
     """A Weights & Biases run, online or kept in `run_dir` for ``wandb sync``.
 
     Each stage has its own step axis, "<stage>/step", so that stages follow one another in one run. A run folder is
-    always the same run: its id is kept in ``wandb_id``.
+    always the same run: its id is kept in ``wandb_id``. Offline, each start leaves a folder of its own under ``wandb/``, and
+    ``wandb sync`` sends them as one run, in order.
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str | None = None, mode: Literal["offline", "online"] = "offline") -> None:
@@ -64,7 +65,10 @@ class WandbSink:
         if not id_file.exists():
             write_atomically(id_file, uuid.uuid4().hex[:8])
         run_id = id_file.read_text(encoding="utf-8").strip()
-        self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
+        try:
+            self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
+        except wandb.Error as error:  # no account, no network
+            raise ValueError(f"the sink 'wandb' cannot be opened: {error} (run.wandb_mode: offline needs no account)") from error
         self._stages: set[str] = set()
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:

@@ -99,6 +99,9 @@ VALUES = [
     ("generate", "sampling.max_new_tokens=1000000000", "sampling.max_new_tokens must be at most 1048576, got 1000000000"),
     ("generate", "sampling.max_batch_size=0", "sampling.max_batch_size must be at least 1, got 0"),
     ("evaluate", "text.valid_rows=1000000000000", "text.valid_rows must be at most 1048576"),
+    ("sft", "run.save_minutes=-1", "run.save_minutes must be at least 0, got -1"),
+    ("sft", "run.max_skipped_steps=0", "run.max_skipped_steps must be at least 1, got 0"),
+    ("sft", "run.resume=newst", 'got "newst"; did you mean "newest"?'),
 ]
 
 KEYS = [
@@ -117,14 +120,13 @@ KEYS = [
     ("sft", "model.architecture={}", "load (weights of an earlier run) or architecture (fresh weights) must be given, and not both; both are"),
     ("sft", "model.load=null", "model.load (weights of an earlier run) or architecture (fresh weights) must be given, and not both; neither is"),
     ("pretrain", "model.architecture={num_layers: 2}", "model.architecture.preset or hidden_size, num_heads must be given"),
-    ("pretrain", "model.architecture.num_heads=3", "model.architecture.hidden_size 32 must be divisible by num_heads 3; 32 % 3 = 2"),
+    ("pretrain", "model.architecture.num_heads=3", "model.architecture.hidden_size 32 must be divisible by num_heads 3"),
     ("pretrain", "model.architecture.num_kv_heads=3", "model.architecture.num_heads 4 must be divisible by num_kv_heads 3; 4 % 3 = 1"),
     ("pretrain", "model.load_model=policy", "model.load_model policy names a model of a checkpoint, and load is not given"),
-    ("pretrain", "model.architecture.hidden_size=20 model.architecture.positions=rotary", "model.architecture.positions rotary turn pairs: hidden_size / num_heads must be even, got 20 / 4 = 5"),
+    ("pretrain", "model.architecture.hidden_size=20 model.architecture.positions=rotary", "turn pairs"),
     ("pretrain", "schedule.warmup_steps=5", "schedule.warmup_steps 5 is longer than the run's 4 steps: the peak rate is never reached"),
     ("sft", "schedule.warmup_steps=50", "schedule.warmup_steps 50 is longer than the run's 4 steps: the peak rate is never reached"),
     ("reward", "schedule.warmup_steps=50", "schedule.warmup_steps 50 is longer than the run's 4 steps: the peak rate is never reached"),
-    ("sft", "pretraining_mix=0.01", "pretraining_mix 0.01 of batch_size 8 is 0 rows; both kinds of rows need one at least"),
     ("sft", "data.pretraining=null", "pretraining_mix 0.25 needs data.pretraining"),
     ("sft", "select_by=valid_loss", "select_by valid_loss needs run.eval_every"),
     ("sft", "select_by=valid_loss data.valid=null run.eval_every=1", "select_by valid_loss needs data.valid"),
@@ -192,6 +194,14 @@ MODELS = [
     ("evaluate", "model.load_model=reward", "model: load_model must name one of policy, value in"),
     ("sft", "model.load={recipe}", "is neither a checkpoint"),
     ("sft", "model.load={recipe}/runs/base/checkpoints", "is neither a checkpoint"),
+    ("ppo", "ppo.batch_size=64 ppo.minibatch_size=64", "has 20 records to draw from, fewer than the 64 of one batch; lower ppo.batch_size"),
+    ("sft", "batch_size=512", "has 24 records to draw from, fewer than the 512 of one batch; lower batch_size to 24 at most"),
+    ("reward", "batch_size=512", "has 21 records to draw from, fewer than the 512 of one batch; lower batch_size to 21 at most"),
+    ("generate", "model.load={recipe}/runs", "is neither a checkpoint (a folder with state.json) nor a run with one"),
+    ("generate", "run.dir={recipe}/runs/generate prompts={recipe}/prompts_valid.jsonl", "responses.jsonl holds answers to other input"),
+    ("sft", "run.dir={recipe}/runs/sft batch_size=4", "batch_size is 4, but"),
+    ("ppo", "run.dir={recipe}/runs/ppo data.prompts={recipe}/prompts_valid.jsonl ppo.iterations=3", "fewer than the 8 of one batch"),
+    ("sft", "tokenizer.eos_token=<nowhere>", "has no token '<nowhere>'"),
 ]
 
 GOOD = '{"prompt": "is it?\\n", "response": "it is"}\n'
@@ -217,7 +227,7 @@ FILES = [
     ("reward", "data.train", '{"prompt": "x", "responses": "ab", "ranks": [1, 2]}\n', '{file}:1: wrong type: "responses" is'),
     ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1]}\n', "{file}:1: wrong number of ranks: 1 for 2 responses"),
     ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": "12"}\n', '{file}:1: wrong type: "ranks" is'),
-    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1.5, 2]}\n', "{file}:1: "),
+    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1.5, 2]}\n', "{file}:1: bad rank: \"ranks\"[0] is 1.5"),
     ("reward", "data.train", '{"prompt": "x", "responses": ["a", ""], "ranks": [1, 2]}\n', "{file}:1: empty text"),
     ("reward", "data.train", GOOD, "{file}:1: missing field: no completions"),
     ("ppo", "data.prompts", '{"text": "x"}\n', '{file}:1: missing field: no "prompt" among "text"'),
@@ -226,6 +236,15 @@ FILES = [
     ("evaluate", "demonstrations", "[]", "{file}:1: not an object"),
     ("evaluate", "prompts", "", "no record: there is nothing in it"),
     ("sft", "tokenizer.path", "rubbish", "is not a tokenizer; give a .model, a tokenizer.json, a vocab.json, or a folder with one"),
+    ("sft", "data.train", GOOD + '{"prompt": "a", "prompt": "b", "response": "x"}\n', '{file}:2: broken JSON: "prompt" comes twice in one object'),
+    ("sft", "data.train", GOOD + '{"prompt": "a", "response": NaN}\n', "{file}:2: broken JSON"),
+    ("sft", "data.train", GOOD + '{"prompt": "a", "response": "' + 5000 * "[" + "\n", "{file}:2: broken JSON"),
+    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "a"], "ranks": [1, 2]}\n', "{file}:1: a response better than itself"),
+    ("reward", "data.train", '{"prompt": "x", "chosen": "a", "rejected": "a"}\n', "{file}:1: a response better than itself"),
+    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1, 1]}\n', "{file} compares nothing: each of its 1 rankings is one tie"),
+    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1' + 30 * "0" + ", 1]}\n", "{file}:1: bad rank"),
+    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "chosen": "a"}\n', "{file}:1: two rankings in one"),
+    ("sft", "tokenizer.path", b"\x0a\xff\xff", "{file} is not a tokenizer"),
 ]
 
 YAML = [
@@ -340,60 +359,29 @@ DOUBTS = [
     ("generate", "sampling.temperature=0 sampling.top_k=5", "sampling.top_k has no effect with temperature 0"),
 ]
 
-# Cases whose sentence comes from work that was not there yet when they were written.
-
-AFTER_MERGE_CONFIGURATIONS = [
-    # as MODELS
-    ("ppo", "ppo.batch_size=64 ppo.minibatch_size=64", "64"),
-    ("sft", "batch_size=512", "512"),
-    ("reward", "batch_size=512", "512"),
-    ("generate", "model.load={recipe}/runs", "is neither a checkpoint (a folder with state.json) nor a run with one"),
-    ("generate", "run.dir={recipe}/runs/generate prompts={recipe}/prompts_valid.jsonl", "responses.jsonl"),
-    ("sft", "run.dir={recipe}/runs/sft batch_size=4", "batch_size is 4, but"),
-    ("ppo", "run.dir={recipe}/runs/ppo data.prompts={recipe}/prompts_valid.jsonl ppo.iterations=3", "data.prompts"),
-    ("sft", "tokenizer.eos_token=<nowhere>", "has no token '<nowhere>'"),
-    ("sft", "run.save_minutes=-1", "run.save_minutes must be above 0, got -1"),
-    ("sft", "run.max_skipped_steps=0", "run.max_skipped_steps must be at least 1, got 0"),
-    ("sft", "run.resume=newst", 'got "newst"; did you mean "newest"?'),
-]
-
-AFTER_MERGE_FILES = [
-    # as FILES
-    ("sft", "data.train", GOOD + '{"prompt": "a", "prompt": "b", "response": "x"}\n', '{file}:2: broken JSON: "prompt" comes twice in one object'),
-    ("sft", "data.train", GOOD + '{"prompt": "a", "response": NaN}\n', "{file}:2: broken JSON"),
-    ("sft", "data.train", GOOD + '{"prompt": "a", "response": "' + 5000 * "[" + "\n", "{file}:2: broken JSON"),
-    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "a"], "ranks": [1, 2]}\n', "{file}:1: a response better than itself"),
-    ("reward", "data.train", '{"prompt": "x", "chosen": "a", "rejected": "a"}\n', "{file}:1: a response better than itself"),
-    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1, 1]}\n', "{file}"),
-    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1' + 30 * "0" + ", 1]}\n", "{file}:1: bad rank"),
-    ("reward", "data.train", '{"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "chosen": "a"}\n', "{file}:1: two rankings in one"),
-    ("sft", "tokenizer.path", b"\x0a\xff\xff", "written.jsonl"),
-]
-
-AFTER_MERGE_RUNS = [
+DAMAGED_RUNS = [
     # (command, key, file of a copy of the run base, what is done to it, sentence)
     ("sft", "model.load", "checkpoints/step_00000004/state.json", "empty", "state.json is damaged: it is not whole JSON"),
     ("sft", "model.load", "checkpoints/step_00000004/state.json", "cut", "state.json is damaged: it is not whole JSON"),
     ("sft", "model.load", "checkpoints/step_00000004/state.json", "list", "state.json is damaged: it holds list, not dict"),
     ("sft", "model.load", "checkpoints/step_00000004/state.json", "removed", "is not a checkpoint: it has no state.json"),
-    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "empty", "part_00000.safetensors"),
-    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "cut", "part_00000.safetensors"),
-    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "flipped", "part_00000.safetensors"),
-    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "removed", "part_00000.safetensors"),
+    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "empty", "part_00000.safetensors is damaged: it has 0 bytes, and"),
+    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "cut", "part_00000.safetensors is damaged: it has"),
+    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "flipped", "part_00000.safetensors is damaged: its content is not what was written"),
+    ("sft", "model.load", "checkpoints/step_00000004/part_00000.safetensors", "removed", "part_00000.safetensors is missing"),
     ("sft", "model.load", "checkpoints/best.json", "empty", "best.json is damaged: it is not whole JSON"),
     ("sft", "model.load", "checkpoints/best.json", "list", "best.json is damaged: it holds list, not dict"),
     ("pretrain", "run.dir", "checkpoints/step_00000004/state.json", "cut", "state.json is damaged: it is not whole JSON"),
-    ("pretrain", "run.dir", "checkpoints/step_00000004/part_00000.safetensors", "flipped", "part_00000.safetensors"),
-    ("pretrain", "run.dir", "config.yaml", "empty", "config.yaml"),
+    ("pretrain", "run.dir", "checkpoints/step_00000004/part_00000.safetensors", "flipped", "part_00000.safetensors is damaged: its content is not what was written"),
     ("pretrain", "run.dir", "metrics.jsonl", "list", "metrics.jsonl, line 1: expected a JSON object with a stage and a step"),
 ]
 
-AFTER_MERGE_CORPORA = [
+DAMAGED_CORPORA = [
     # (ending of a copy of the corpus, what is done to it, sentence)
-    (".idx", "empty", "corpus.idx"),
+    (".idx", "empty", "corpus.idx is missing or empty"),
     (".idx", "cut", "corpus.idx has"),
     (".idx", "list", "corpus.idx is not an index of documents"),
     (".bin", "empty", "corpus.bin is missing or empty"),
     (".bin", "cut", "corpus.bin has"),
-    (".bin", "flipped", "has token ids in"),
+    (".bin", "flipped", "ends with token 16386, not with EOS 2"),
 ]

@@ -153,21 +153,6 @@ def test_what_is_doubtful_is_said_and_runs(monkeypatch, said, places, stage, ove
     assert f"megarlhf {stage}: is this meant? " in text and filled(sentence, **places) in text
 
 
-AFTER_MERGE = pytest.mark.skip(reason="waits for work on data and checkpoints: take the mark off, one list after another")
-
-
-@AFTER_MERGE
-@pytest.mark.parametrize(("stage", "overrides", "sentence"), named(cases.AFTER_MERGE_CONFIGURATIONS))
-def test_configurations_after_merge(refused, stage, overrides, sentence):
-    refused(command(stage, overrides), sentence)
-
-
-@AFTER_MERGE
-@pytest.mark.parametrize(("stage", "key", "content", "sentence"), named(cases.AFTER_MERGE_FILES))
-def test_files_after_merge(refused, tmp_path, stage, key, content, sentence):
-    test_files(refused, tmp_path, stage, key, content, sentence)
-
-
 def damage(file, how):
     """Do to a file what disks, copies and people do."""
     content = file.read_bytes() if file.exists() else b""
@@ -178,18 +163,16 @@ def damage(file, how):
         file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "list": b"[]\n", "flipped": flipped}[how])
 
 
-@AFTER_MERGE
-@pytest.mark.parametrize(("stage", "key", "file", "how", "sentence"), named(cases.AFTER_MERGE_RUNS))
-def test_damaged_runs_after_merge(refused, places, tmp_path, stage, key, file, how, sentence):
+@pytest.mark.parametrize(("stage", "key", "file", "how", "sentence"), named(cases.DAMAGED_RUNS))
+def test_damaged_runs(refused, places, tmp_path, stage, key, file, how, sentence):
     run = tmp_path / "copy"
     shutil.copytree(f"{places['recipe']}/runs/base", run)
     damage(run / file, how)
     refused(command(stage, f"{key}={run}" + (" steps=5" if stage == "pretrain" else "")), sentence)
 
 
-@AFTER_MERGE
-@pytest.mark.parametrize(("ending", "how", "sentence"), named(cases.AFTER_MERGE_CORPORA))
-def test_damaged_corpora_after_merge(refused, places, tmp_path, ending, how, sentence):
+@pytest.mark.parametrize(("ending", "how", "sentence"), named(cases.DAMAGED_CORPORA))
+def test_damaged_corpora(refused, places, tmp_path, ending, how, sentence):
     for end in (".bin", ".idx"):
         shutil.copy(f"{places['recipe']}/corpus{end}", tmp_path / f"corpus{end}")
     damage(tmp_path / f"corpus{ending}", how)

@@ -1,11 +1,19 @@
 """The command line: what it understands, and what it says before anything heavy is loaded."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megarlhf import cli
+from megarlhf.config.documentation import keys_of
+from megarlhf.config.fields import without_none, without_rules
+from megarlhf.config.rules import PathTo
 
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID")
 YAML = """
 stage: reward
 run: {dir: runs/x}
@@ -20,7 +28,7 @@ def started(monkeypatch):
     """What would have been run, in place of running it."""
     runs = []
     monkeypatch.setattr(cli, "_run", lambda command, config, problem, place, *, fresh: runs.append((command, config, problem, fresh)) or 0)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     return runs
 
@@ -103,3 +111,83 @@ def test_every_command_has_a_stage():
     for command in cli.COMMANDS:
         assert callable(cli._stage(command))
     assert "megarlhf.trainers.ppo" in sys.modules
+
+
+# The program as a process: before torch is imported
+
+
+def program(*words, **environment):
+    """(exit status, stdout, stderr) of `python -m megarlhf`."""
+    env = {**{name: value for name, value in os.environ.items() if name not in LAUNCHERS}, **environment}
+    done = subprocess.run([sys.executable, "-m", "megarlhf", *words], capture_output=True, env=env, timeout=60, cwd=ROOT)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+WITHOUT_TORCH = """
+import sys
+from megarlhf import cli
+try:
+    status = cli.main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+heavy = {"torch", "numpy", "megatron"} & set(sys.modules)
+print(f"\\nstatus {status}, imported {sorted(heavy)}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("--version", 0, ""),
+        ("ppo --help", 0, ""),
+        ("ppo --help-config", 0, ""),
+        ("reward --config missing.yaml", 2, "missing.yaml: there is no such file"),
+        ("reward --config {yaml} batch_size=0", 2, "batch_size must be at least 1"),
+        ("reward --config {yaml} data.train=gone.jsonl", 2, "data.train: there is no file gone.jsonl"),
+        ("reward --config {yaml} model.load=gone", 2, "model.load: there is no run or checkpoint gone"),
+        ("reward --config {yaml} --batch_size 3", 2, "as batch_size=3"),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(yaml, line, status, said):
+    words = [sys.executable, "-c", WITHOUT_TORCH, *line.format(yaml=yaml).split()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stderr.endswith(f"\nstatus {status}, imported []\n"), done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_bytes("\ufeffstage: sft\nrun: {dir: \u00fcbung, sed: 1}  # \u00e9\u4e2d\n".encode())
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    status, _, said = program("sft", "--config", str(config), "tokenizer.path=\u00fc\u4e2d.model", **plain)
+    assert status == 2 and "Traceback" not in said
+    assert "run.sed: unknown key (given 1); did you mean run.seed?" in said
+    config.write_bytes(b"stage: sft\nrun: {dir: \xfc}\n")
+    status, _, said = program("sft", "--config", str(config), **plain)
+    assert status == 2 and "broken YAML" in said and "Traceback" not in said
+
+
+def test_paths_are_put_in_where_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "some/where")
+    assert PathTo("file").accept("~/${DATA}/x.jsonl") == f"{tmp_path}/some/where/x.jsonl"
+    assert PathTo("file").accept("a/~/b$DATA") == "a/~/b$DATA", "only a path that begins with ~, only ${NAME}"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m megarlhf ppo --help-config | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[1] == "0" and done.stderr == ""
+
+
+def test_every_number_has_a_range_and_every_path_is_one():
+    """A field of plain int or float would take anything; a path without its marker would keep a ~."""
+    paths = ("path", "prefix", "train", "valid", "prompts", "prompts_valid", "demonstrations", "rankings", "load", "dir", "valid_prefix")
+    for name, cls in cli.COMMANDS.items():
+        for key, annotation, *_ in keys_of(cls):
+            kind, rules = without_rules(without_none(annotation)[0])
+            assert kind not in (int, float) or rules, f"{name}: {key} has no range"
+            assert kind is not str or rules, f"{name}: {key} may be empty"
+            is_path = any(isinstance(rule, PathTo) for rule in rules)
+            assert is_path == (kind is str and key.rpartition(".")[2] in paths), f"{name}: {key}"

@@ -155,6 +155,24 @@ def test_everything_public_has_a_docstring():
     assert not missing, "\n".join(missing)
 
 
+TEXT_METHODS = {"read_text", "write_text", "open"}
+
+
+def test_text_files_name_their_encoding():
+    """Files are UTF-8 whatever the locale: every file opened as text says so."""
+    wrong = []
+    for path in [*MODULES, *(ROOT / "tools").glob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+            binary = any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) and "b" in arg.value for arg in node.args[:2])
+            if name in TEXT_METHODS and owner != "os" and not binary and not any(word.arg == "encoding" for word in node.keywords):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_there_are_examples():
     assert EXAMPLES
 

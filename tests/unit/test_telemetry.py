@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
 from megarlhf.telemetry.samples import SampleLog
-from megarlhf.telemetry.sinks import JsonlSink, make_sinks
+from megarlhf.telemetry.sinks import JsonlSink, check_sinks, make_sinks
 from megarlhf.telemetry.tables import format_table
 from megarlhf.telemetry.timers import Timers
 
@@ -178,7 +179,7 @@ def test_wandb_gets_one_run_per_folder_and_one_step_axis_per_stage(tmp_path, mon
         calls.append(settings)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
     for _ in range(2):
         (sink,) = make_sinks(["wandb"], tmp_path, project="p", name="n", wandb_mode="online")
         sink.write("sft", 7, {"loss": 0.5})
@@ -193,6 +194,65 @@ def test_wandb_gets_one_run_per_folder_and_one_step_axis_per_stage(tmp_path, mon
         ("log", {"sft/step": 8, "sft/loss": 0.25}),
         ("finish",),
     ]
+
+
+def wandb_records(path):
+    """The protocol buffers in a .wandb file: LevelDB's log format behind 7 bytes of its own (here none spans two blocks of 32 KiB)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at = path.read_bytes(), 7
+    while at + 7 <= len(content):
+        length = int.from_bytes(content[at + 4 : at + 6], "little")
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content[at + 7 : at + 7 + length])
+        yield record
+        at += 7 + length
+
+
+def test_wandb_itself_keeps_a_resumed_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_ERROR_REPORTING", "false"), ("WANDB_SILENT", "true"), ("WANDB_CONSOLE", "off")):
+        monkeypatch.setenv(name, value)
+    for steps in (range(1, 3), range(3, 5)):
+        (sink,) = make_sinks(["wandb"], tmp_path, name="a run")
+        for step in steps:
+            sink.write("sft", step, {"loss": 1 / step})
+        sink.write("sft", steps[-1] + 1, {"loss": math.nan})
+        sink.close()
+        time.sleep(1.1)  # wandb names its folders by the second
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2
+    runs, logged = set(), []
+    for file in files:
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                runs.add((record.run.run_id, record.run.project, record.run.display_name))
+            elif record.WhichOneof("record_type") == "history":
+                values = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                logged.append((int(values["sft/step"]), values["sft/loss"]))
+    assert runs == {((tmp_path / "wandb_id").read_text(), "megarlhf", "a run")}
+    assert [step for step, _ in logged] == [1, 2, 3, 3, 4, 5]
+    assert [float(loss) for _, loss in logged if loss != "NaN"] == [1 / step for step in (1, 2, 3, 4)]
+
+
+def test_wandb_without_an_account_is_refused_in_words(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**settings):
+        raise wandb.errors.UsageError("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match="the sink 'wandb' cannot be opened: No API key configured .*offline needs no account"):
+        make_sinks(["wandb"], tmp_path, wandb_mode="online")
+
+
+def test_missing_packages_of_sinks_are_named_without_importing_anything(monkeypatch):
+    assert check_sinks(["jsonl"]) == []
+    for kind in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, kind, None)
+        assert check_sinks(["jsonl", kind]) == [
+            f"run.sinks: {kind} needs the package {kind}, which is not installed: pip install {kind}, or leave {kind} out"
+        ]
 
 
 def test_tensorboard_reads_a_resumed_stage_without_duplicates(tmp_path):
