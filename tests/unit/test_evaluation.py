@@ -12,6 +12,7 @@ from megarlhf.evaluation.rankings import ranking_metrics
 from megarlhf.evaluation.responses import Judged, ResponseJudge, response_records
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import win_rate
+from megarlhf.parallel.seed import derive_seed
 
 
 class Table:
@@ -93,10 +94,11 @@ def test_a_judge_samples_with_the_same_noise_and_judges_at_the_samplings_tempera
     generator, policy, reference = Fixed(), Table(3), Table(4)
     prompts = Prompts(tokens=torch.ones(3, 2).long(), lengths=torch.tensor([2, 1, 2]), ids=torch.arange(3))
     sampling = SamplingConfig(temperature=temperature, top_k=5, max_new_tokens=7, max_batch_size=2)
-    judge = ResponseJudge(generator, prompts, sampling, seed=11, reward=Table(5), reference=reference, policy=policy)
+    judge = ResponseJudge(generator, prompts, sampling, seed=11, purpose="evaluate", reward=Table(5), reference=reference, policy=policy)
     judged = judge.judge()
     judge.judge()
-    how = {"max_new_tokens": 7, "temperature": temperature, "top_k": 5, "top_p": None, "seed": 11, "iteration": 0, "max_batch_size": 2}
+    seed = derive_seed(11, "sampling", "evaluate")
+    how = {"max_new_tokens": 7, "temperature": temperature, "top_k": 5, "top_p": None, "seed": seed, "iteration": 0, "max_batch_size": 2}
     assert generator.asked == [how, how]
     assert policy.temperatures == reference.temperatures == [temperature or 1.0] * 2  # greedy has no temperature of its own
     mask = rollouts().response_mask
