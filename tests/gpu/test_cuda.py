@@ -14,6 +14,7 @@ from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.generation.generator import Generator
 from megarlhf.models.architecture import make_architecture
+from megarlhf.models.linear import float32_linear
 from megarlhf.models.transformer import ModelSpec, initialize
 from megarlhf.parallel.groups import World
 
@@ -78,3 +79,20 @@ def test_generator_and_trainer_agree(world):
     rollouts = generator.generate(prompts, max_new_tokens=24, seed=1, iteration=0)
     trained = engine.logprobs(rollouts, rollouts.response_mask)
     torch.testing.assert_close(trained, rollouts.logprobs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_left_in_float32(dtype):
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 256, generator=generator).to("cuda", dtype).requires_grad_() for n in (40, 500))
+    found, exact = float32_linear(x, weight), x.detach().double() @ weight.detach().double().T
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
+    towards = torch.randn(40, 500, generator=generator).cuda()
+    for grad, right in zip(
+        torch.autograd.grad((found * towards).sum(), [x, weight]),
+        (towards.double() @ weight.detach().double(), towards.double().T @ x.detach().double()),
+        strict=True,
+    ):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), right, rtol=2e-2, atol=0.3)
