@@ -49,7 +49,7 @@ def test_a_wrong_configuration_is_said_once_and_torchrun_reports_one_process(unt
     assert status == 1
     [(_, box)] = in_a_box(said)
     assert box.startswith("megarlhf pretrain: the configuration is not valid:\ncommand line: run.sed: unknown key (given 3)")
-    assert said.count("run.sed") == 2, "once as the key that was given, once as nearest to run.seed"
+    assert said.count("run.sed:") == 1
     assert said.index("megarlhf pretrain:") < said.index("ChildFailedError"), "before torchrun's own words"
     assert "<NO_OTHER_FAILURES>" in said and "exitcode  : 2" in said
     assert "traceback : rank 0 of 2 has said why, in the box above" in said and "To enable traceback" not in said
