@@ -83,6 +83,7 @@ def huggingface_without(model: tokenizers.Tokenizer, ids: Collection[int]) -> to
     """
     tree = json.loads(model.to_str())
     tree["post_processor"] = None  # it adds special tokens, which we never ask for
+    tree["model"] |= {"dropout": None} if tree["model"].get("dropout") else {}  # it would encode one text differently on every rank
     hidden = _hide(tree["model"], ids)
     kept = []
     for token in tree["added_tokens"]:

@@ -160,7 +160,7 @@ def dense_objective(model, name):
     for prompt in range(5):
         rows = (ranked.prompt_index == prompt).nonzero()[:, 0].tolist()
         pairs = [-F.logsigmoid(scores[i] - scores[j]) for i in rows for j in rows if ranked.ranks[i] < ranked.ranks[j]]
-        losses.append(torch.stack(pairs).mean() if pairs else torch.zeros(()))
+        losses += [torch.stack(pairs).mean()] if pairs else []
     ranking = torch.stack(losses).mean()
     return {"value": value, "ranking": ranking}, value + 2.0 * ranking
 

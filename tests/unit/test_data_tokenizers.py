@@ -207,6 +207,14 @@ def test_a_text_that_a_model_can_only_write_with_its_end_is_refused(tmp_path):
     assert load_tokenizer(tmp_path, eos_token="b").encode("b") == [0]
 
 
+def test_one_text_has_one_encoding(folders, tmp_path):
+    path = shutil.copytree(folders / "huggingface", tmp_path / "dropout") / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(tree))
+    assert all(load_tokenizer(path).encode(text) == load_tokenizer(folders / "huggingface").encode(text) for text in TEXTS[:5])
+
+
 def test_a_damaged_or_odd_configuration_beside_the_tokenizer_is_named(tmp_path):
     byte_level(300, ["<stop>", "</s>"]).save(str(tmp_path / "tokenizer.json"))
     config = tmp_path / "tokenizer_config.json"
