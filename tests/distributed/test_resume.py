@@ -217,7 +217,6 @@ def test_text_may_come_in_later(recipe, ranks1, tmp_path):
 
 
 @pytest.mark.parametrize(("override", "said"), [
-    ("pretraining_mix=0", "pretraining_mix is 0.0, but the run began with 0.25"),
     ("select_by=valid_loss", 'select_by is "valid_loss", but the run began with "last"'),
     ("batch_size=4", "batch_size is 4, but the run began with 6"),
 ])  # fmt: skip
@@ -245,6 +244,21 @@ def check_moving_source(folder, tmp):
 def test_a_resumed_run_uses_the_models_that_it_began_with(recipe, ranks1, tmp_path):
     whole, resumed, refused = ranks1.run(check_moving_source, recipe, tmp_path)[0]
     assert refused is None and resumed == whole
+
+
+def check_mix_comes_in(folder, run):
+    """SFT without text that takes text in at its resume, and lets it go again."""
+    at = [f"run.dir={run}", "run.save_every=1"]
+    started(folder / "sft.yaml", *at, "epochs=1", "pretraining_mix=0")
+    return [started(folder / "sft.yaml", *at, "epochs=2")[0], started(folder / "sft.yaml", *at, "epochs=3", "pretraining_mix=0")[0]]
+
+
+def test_a_mix_may_come_in_and_go(recipe, ranks1, tmp_path):
+    came, went = ranks1.run(check_mix_comes_in, recipe, tmp_path / "sft")[0]
+    assert "changed since then: pretraining_mix 0.0 -> 0.25" in came and "changed since then: pretraining_mix 0.25 -> 0.0" in went
+    mixed = ["pretraining/loss_share" in line for line in curves(tmp_path / "sft")]
+    third = len(mixed) // 3
+    assert mixed == [False] * third + [True] * third + [False] * third
 
 
 # Which model of a checkpoint

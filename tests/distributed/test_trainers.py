@@ -163,10 +163,10 @@ def check_folders(folder, runs):
         printed, refused = said_by(yaml, [at, *overrides], fresh=not overrides)
         assert refused is not None and re.search(expected, refused), refused
     assert said_by(folder / "sft.yaml", [at])[1] == f"run.dir: {runs / 'ppo'} holds a run of ppo; choose another folder for sft"
-    sft = [f"run.dir={runs / 'sft'}", "batch_size=4", "pretraining_mix=0.5"]
+    sft = [f"run.dir={runs / 'sft'}", "batch_size=4", "select_by=valid_loss", "run.eval_every=1"]
     assert [line.split(",")[0] for line in said_by(folder / "sft.yaml", sft)[1].splitlines()] == [
         "batch_size is 4",
-        "pretraining_mix is 0.5",
+        'select_by is "valid_loss"',
     ]
     assert {path: path.read_bytes() for path in sorted((runs / "ppo").rglob("*")) if path.is_file() and path.name != "lock"} == before
 
