@@ -95,7 +95,8 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def check_stages(folder: Path, runs: Path, names: list[str], overrides: list[str]) -> None:
     """Run stages one after another in this world, into runs/name, with the recipe's own runs as what they start from."""
     for name in names:
-        run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}", *overrides])
+        where = [] if any(override.startswith("run.dir=") for override in overrides) else [f"run.dir={runs / name}"]
+        run_stage_of(folder / f"{name}.yaml", [*where, *overrides])
 
 
 class Interrupted(Exception):

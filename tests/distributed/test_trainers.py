@@ -492,14 +492,15 @@ def check_answers(folder, runs):
         (runs / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     said = {}
     for stage in ("generate", "evaluate"):
-        at = [f"run.dir={runs / stage}", f"prompts={runs}/ids.jsonl"]
+        at, ids = [f"run.dir={runs / stage}"], f"prompts={runs}/ids.jsonl"
         for name, overrides in {
             "first": [], "again": ["model.micro_batch_size=3"], "prompts": [f"prompts={runs}/others.jsonl"],
             "ids": [f"prompts={runs}/renamed.jsonl"], "model": [f"model.load={folder}/runs/sft"], "sampling": ["sampling.temperature=0.5"],
         }.items():
-            said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides])[1]
+            given = any(override.startswith("prompts=") for override in overrides)
+            said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides, *([] if given else [ids])])[1]
         (runs / stage / "inputs.json").unlink()
-        said[stage, "unknown"] = said_by(folder / f"{stage}.yaml", at)[1]
+        said[stage, "unknown"] = said_by(folder / f"{stage}.yaml", [*at, ids])[1]
     return said
 
 
