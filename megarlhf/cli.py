@@ -16,7 +16,12 @@ DESCRIPTION = "Train language models to follow instructions with human feedback 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status: 0, or 2 for what the user can mend."""
-    options = _parsed(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["convert"]:
+        from megarlhf.conversion.command import main as convert
+
+        return convert(words[1:])
+    options = _parsed(words)
     if options.help_config:
         print(describe(COMMANDS[options.command]))
         return 0
@@ -49,6 +54,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megarlhf", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("convert", help="between a Hugging Face folder and a checkpoint; no --config", add_help=False)
     for name, cls in COMMANDS.items():
         summary = (cls.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
         command = commands.add_parser(name, help=summary, description=summary)

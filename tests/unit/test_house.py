@@ -23,10 +23,10 @@ ROOMS = (
     ("parallel",),
     ("models",),
     ("resharding",),
-    ("engine", "generation", "conversion"),
+    ("engine", "generation"),
     ("evaluation",),
     ("runs",),
-    ("trainers",),
+    ("trainers", "conversion"),
     ("cli",),
     ("__main__",),
 )
