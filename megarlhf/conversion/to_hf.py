@@ -66,7 +66,7 @@ def to_hf(
     """
     source = tokenizer_path or _tokenizer_of(exported.saved)
     tokenizer = _checked_tokenizer(exported, source) if source is not None else None
-    template = _config_beside(source) if source is not None else None
+    template = _own_config(exported.saved, source)
     if damages := exported.saved.damages():
         raise ValueError("\n".join(damages))
     reader = CheckpointReader(exported.saved)
@@ -89,10 +89,11 @@ def to_hf(
     return notes
 
 
-def _config_beside(tokenizer: Path) -> dict[str, Any] | None:
-    """The config.json that the model and its tokenizer came with, if they did."""
-    file = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / CONFIG
-    return read_json(file) if file.is_file() else None
+def _own_config(saved: Saved, tokenizer: Path | None) -> dict[str, Any] | None:
+    """The config.json that the model came with, beside the checkpoint or its tokenizer, if it came with one."""
+    folders = [saved.path, *([tokenizer if tokenizer.is_dir() else tokenizer.parent] if tokenizer is not None else [])]
+    files = [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]
+    return read_json(files[0]) if files else None
 
 
 def _said(exported: Exported) -> str:

@@ -54,7 +54,7 @@ def _theirs(folder: Path, tokens: Tensor, ours: Exported, *, score_bias: float) 
     import transformers
 
     kind = transformers.AutoModelForCausalLM if ours.head == "lm" else transformers.AutoModelForSequenceClassification
-    model = kind.from_pretrained(folder).float().eval()
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()  # not in the file's precision, which would round a head
     if ours.head == "scalar":
         return torch.cat([model(row[None]).logits[:, 0] for row in tokens]) + score_bias
     logprobs = model(tokens).logits[:, :-1].log_softmax(-1)

@@ -53,18 +53,19 @@ CONFIGS = {
 """Name -> (class of transformers' configuration, its arguments)."""
 
 
-def make(name, folder):
-    """A language model with random weights, biases and norms, saved in `folder`."""
+def make(name, folder, *, head="lm", dtype=torch.float32, **saving):
+    """A language model, or a classifier with one label, with random weights, biases and norms, saved in `folder`."""
     import transformers  # here, so that ranks do not spend seconds on it
 
     torch.manual_seed(0)
     class_name, arguments = CONFIGS[name]
-    config = getattr(transformers, class_name)(**arguments)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = getattr(transformers, class_name)(**arguments, **({} if head == "lm" else {"num_labels": 1, "pad_token_id": 0}))
+    kind = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
+    model = kind.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that none is left out unseen
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.0)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, **saving)
     return model
 
 
