@@ -8,8 +8,7 @@ from pathlib import Path
 
 from megarlhf.conversion.hf_folder import CONFIG, HuggingFaceModel, read_hf_folder
 from megarlhf.conversion.new_folder import new_folder
-from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer
-from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer, load_travelling
 from megarlhf.models.architecture import architecture_to_dict
 from megarlhf.models.parameters import ParameterSpec
 from megarlhf.storage.checkpoints import Part, finish, write_part
@@ -54,7 +53,7 @@ def _tokenizer(model: HuggingFaceModel, eos_token: str | None) -> tuple[dict[str
     """(fingerprints for the state, what is to be said) of the folder's tokenizer. ValueError where it does not fit the model."""
     if not has_tokenizer(model.folder):
         return {}, [f"{model.folder} holds no tokenizer: bring the one that the model was trained with as tokenizer.path"]
-    tokenizer = load_tokenizer(model.folder, eos_token=eos_token)
+    tokenizer = load_travelling(model.folder, eos_token)
     ids, rows = tokenizer.vocab_size, model.architecture.vocab_size
     if ids > rows:
         raise ValueError(f"{model.folder}: its tokenizer has {ids} ids, and the model's vocabulary {rows}: they do not belong together")

@@ -18,8 +18,8 @@ from megarlhf.conversion.forms import their_shapes, to_theirs
 from megarlhf.conversion.hf_config import config_of, finished
 from megarlhf.conversion.hf_folder import BIAS_NAME, CONFIG, INDEX, ONE_FILE
 from megarlhf.conversion.new_folder import new_folder
-from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer
-from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
+from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer, load_travelling
+from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import saved_architecture
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import TIED_NAME, Head, parameter_specs
@@ -118,7 +118,7 @@ def _tokenizer_of(saved: Saved) -> Path | None:
 
 def _checked_tokenizer(exported: Exported, path: Path) -> Tokenizer:
     state = exported.saved.state
-    tokenizer = load_tokenizer(path, eos_token=state.get("config", {}).get("tokenizer", {}).get("eos_token"))
+    tokenizer = load_travelling(path, state.get("config", {}).get("tokenizer", {}).get("eos_token"))
     expected = state.get("fingerprints", {}).get("tokenizer")
     if expected is not None and expected != tokenizer.fingerprint:
         raise ValueError(f"{path} is not the tokenizer that {exported.saved.path} was trained with: say where that is with --tokenizer")

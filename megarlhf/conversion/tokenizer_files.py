@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megarlhf.storage.files import write_atomically
+from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
+from megarlhf.storage.files import read_json, write_atomically
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 """Files of which a folder with a tokenizer has at least one."""
@@ -25,6 +26,16 @@ TEMPLATES = "additional_chat_templates"
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer under a name that travels."""
     return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def load_travelling(path: Path, eos_token: str | None) -> Tokenizer:
+    """The tokenizer at `path`, a file or a folder. ValueError, with a file's name, where it or its tokenizer_config.json is broken."""
+    config = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    named = read_json(config).get("eos_token") if config.is_file() else None
+    named = named.get("content", named) if isinstance(named, dict) else named
+    if not isinstance(named, str | None):
+        raise ValueError(f"{config}: eos_token must be the name of a token, got {named!r}")
+    return load_tokenizer(path, eos_token=eos_token)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -69,6 +69,23 @@ def make(name, folder, *, head="lm", dtype=torch.float32, **saving):
     return model
 
 
+def make_tokenizer(folder, *, vocab_size=VOCAB):
+    """A byte-level tokenizer with special tokens and a chat template, as transformers saves it."""
+    import tokenizers
+    import transformers
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    model.train_from_iterator(["some text to learn from, and some more"] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    fast.save_pretrained(folder)
+    return fast
+
+
 def read(folder):
     """(architecture, canonical name -> our full parameter, their files' tensors) of a saved language model."""
     from safetensors.torch import load_file

@@ -18,7 +18,7 @@ from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.models.parameters import parameter_specs
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import read_saved
-from tests.distributed.families import CONFIGS, make
+from tests.distributed.families import CONFIGS, make, make_tokenizer
 
 CLASSES = {"lm": transformers.AutoModelForCausalLM, "scalar": transformers.AutoModelForSequenceClassification}
 
@@ -183,28 +183,12 @@ def test_the_score_s_bias_travels_in_the_configuration(tmp_path):
     assert_same_weights(theirs, back)
 
 
-def bpe(folder, *, vocab_size=200, **names):
-    """A byte-level tokenizer with special tokens and a chat template, as transformers saves it."""
-    import tokenizers
-
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    model.train_from_iterator(["some text to learn from, and some more"] * 3, trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    fast.save_pretrained(folder)
-    return fast
-
-
 CHAT = [{"role": "user", "content": "learn from some more <|im_end|> text"}, {"role": "assistant", "content": "and \u00e9"}]
 
 
 def test_tokenizers_travel_both_ways(tmp_path):
     make("smollm2", tmp_path / "hf")
-    theirs = bpe(tmp_path / "hf", vocab_size=100)
+    theirs = make_tokenizer(tmp_path / "hf", vocab_size=100)
     from_hf(tmp_path / "hf", tmp_path / "ours")
     ours = load_tokenizer(tmp_path / "ours")
     assert read_saved(tmp_path / "ours").state["fingerprints"]["tokenizer"] == ours.fingerprint
@@ -220,7 +204,7 @@ def test_tokenizers_travel_both_ways(tmp_path):
 
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path):
     make("smollm2", tmp_path / "hf")
-    bpe(tmp_path / "hf", vocab_size=300)
+    make_tokenizer(tmp_path / "hf", vocab_size=300)
     tokenizer = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     spare = {"id": 250, "content": "<spare>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokenizer["added_tokens"].append(spare)
