@@ -1,8 +1,12 @@
 """Converted models at several layouts: transformers' log-probabilities and scores, a step, and out again; and a recipe on one."""
 
+import json
+
 import pytest
 import torch
+import yaml
 
+from megarlhf.conversion.command import main as convert
 from megarlhf.conversion.from_hf import from_hf
 from megarlhf.conversion.to_hf import Exported, to_hf
 from megarlhf.engine import checkpoint
@@ -13,6 +17,8 @@ from megarlhf.models.transformer import ModelSpec
 from megarlhf.parallel.groups import World
 from megarlhf.storage.checkpoints import read_saved
 from tests.distributed.families import make, make_tokenizer
+from tests.distributed.recipe import ADAM as RECIPE_ADAM
+from tests.distributed.recipe import run_stage_of, write_lines
 from tests.distributed.training import ADAM, LEARNING_RATE, rankings, texts, write_checkpoint
 
 NAMES = ["gpt2", "neox", "opt", "llama3", "smollm2", "mistral", "qwen2", "qwen3"]
@@ -109,3 +115,47 @@ def assert_halfway(average, one, other):
         cut = 2 if name.endswith("embed_positions.weight") else 0
         middle = (one.state_dict()[name] + other.state_dict()[name]) / 2
         torch.testing.assert_close(tensor[cut:], middle[cut:], rtol=1e-5, atol=1e-6)
+
+
+def check_sft(folder):
+    run_stage_of(folder / "sft.yaml")
+    run_stage_of(folder / "sft.yaml", ["epochs=2"])  # goes on from its own checkpoint
+
+
+def test_a_run_begins_with_a_converted_model_and_its_result_goes_back(ranks1, tmp_path, capsys):
+    """The model has more ids than its tokenizer, as many released ones do; the tokenizer and its template come back with it."""
+    transformers = pytest.importorskip("transformers")
+    model = make("qwen2", tmp_path / "hf")
+    tokenizer = make_tokenizer(tmp_path / "hf", vocab_size=60)
+    assert len(tokenizer) < model.config.vocab_size
+    assert convert(["--from", str(tmp_path / "hf"), "--to", str(tmp_path / "ours")]) == 0
+    assert "ids that the tokenizer has no text for" in capsys.readouterr().out
+    asked = [{"prompt": "some text" * (1 + i % 2), "response": " to learn from"} for i in range(8)]
+    write_lines(tmp_path / "demonstrations.jsonl", asked)
+    config = {
+        "stage": "sft",
+        "run": {"dir": f"{tmp_path}/sft"},
+        "tokenizer": {"path": f"{tmp_path}/ours"},
+        "model": {"load": f"{tmp_path}/ours", "adam": RECIPE_ADAM, "micro_batch_size": 4},
+        "data": {"train": f"{tmp_path}/demonstrations.jsonl", "valid": f"{tmp_path}/demonstrations.jsonl"},
+        "limits": {"max_prompt_len": 16, "max_response_len": 16},
+        "sampling": {"max_new_tokens": 4},
+        "epochs": 1,
+        "batch_size": 4,
+        "dropout": 0.0,
+    }
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    ranks1.run(check_sft, tmp_path)
+    assert convert(["--from", str(tmp_path / "sft"), "--to", str(tmp_path / "back"), "--dtype", "bf16", "--verify"]) == 0
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(back) is type(model) and back.dtype == torch.bfloat16
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert again.chat_template == tokenizer.chat_template and again("some text").input_ids == tokenizer("some text").input_ids
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+    assert {key for key in before if before[key] != after[key]} == {"dtype"} and before.keys() == after.keys()
+    assert convert(["--from", str(tmp_path / "sft"), "--to", str(tmp_path / "back")]) == 2
+    assert "back is there already: choose another folder" in capsys.readouterr().err
+    (tmp_path / "ours").rename(tmp_path / "moved")
+    assert convert(["--from", str(tmp_path / "sft"), "--to", str(tmp_path / "other")]) == 2
+    assert "ours, which is not there: say where with --tokenizer" in capsys.readouterr().err
+    assert convert(["--from", str(tmp_path / "sft"), "--to", str(tmp_path / "other"), "--tokenizer", str(tmp_path / "moved")]) == 0
