@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from megarlhf.engine.checkpoint import load_weights
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.models.transformer import ModelSpec
 from megarlhf.parallel.groups import World
+from megarlhf.storage.files import read_json
 
 TOLERANCE = 1e-4
 """Of a log-probability or a score, in float32."""
@@ -35,7 +35,7 @@ def verify(folder: Path, ours: Exported) -> str:
 
     ValueError where the largest difference of a log-probability (of a score) is above TOLERANCE.
     """
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     a = ours.architecture
     tokens = torch.randint(0, a.vocab_size, (ROWS, min(WIDTH, a.max_seq_len)), generator=torch.Generator().manual_seed(0))
     if isinstance(pad := config.get("pad_token_id"), int):

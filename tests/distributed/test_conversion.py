@@ -137,7 +137,7 @@ def test_a_run_begins_with_a_converted_model_and_its_result_goes_back(ranks1, tm
         "run": {"dir": f"{tmp_path}/sft"},
         "tokenizer": {"path": f"{tmp_path}/ours"},
         "model": {"load": f"{tmp_path}/ours", "adam": RECIPE_ADAM, "micro_batch_size": 4},
-        "data": {"train": f"{tmp_path}/demonstrations.jsonl", "valid": f"{tmp_path}/demonstrations.jsonl"},
+        "data": {"train": f"{tmp_path}/demonstrations.jsonl"},
         "limits": {"max_prompt_len": 16, "max_response_len": 16},
         "sampling": {"max_new_tokens": 4},
         "epochs": 1,
