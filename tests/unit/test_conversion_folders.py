@@ -1,15 +1,20 @@
-"""Broken Hugging Face folders by the thousand: a ValueError that names a file of the folder, and nothing left where it would have gone."""
+"""Hugging Face folders that cannot be converted, broken ones by the thousand: a ValueError that names a file, and nothing left behind."""
 
+import errno
 import json
 import random
+import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 
+from megarlhf.conversion.command import main as convert
 from megarlhf.conversion.from_hf import from_hf
 from megarlhf.conversion.hf_folder import CONFIG, INDEX, ONE_FILE, read_hf_folder
 from megarlhf.conversion.tokenizer_files import load_travelling
+from megarlhf.storage import checkpoints, tensors
 from megarlhf.storage.tensors import write_tensors
 from tests.unit.test_conversion import OF_FAMILY
 
@@ -31,16 +36,16 @@ def whole(tmp_path):
         **{f"{layer}.self_attn.{x}_proj.weight": ({"q": 8, "o": 8}.get(x, 4), 8) for x in "qkvo"},
         **{f"{layer}.mlp.{x}_proj.weight": (8, 8) for x in ("gate", "up", "down")},
     }
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    write_tensors(folder / ONE_FILE, tensors, {"format": "pt"})
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    write_tensors(folder / ONE_FILE, values, {"format": "pt"})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": {"content": "<pad>"}}))
     sharded = tmp_path / "sharded"
     shutil.copytree(folder, sharded)
     (sharded / ONE_FILE).unlink()
-    names, weight_map = list(tensors), {}
+    names, weight_map = list(values), {}
     for file, part in (("a.safetensors", names[:5]), ("b.safetensors", names[5:])):
-        write_tensors(sharded / file, {name: tensors[name] for name in part}, {})
+        write_tensors(sharded / file, {name: values[name] for name in part}, {})
         weight_map |= dict.fromkeys(part, file)
     (sharded / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return folder
@@ -160,3 +165,111 @@ def test_nothing_is_left_of_a_refused_conversion(whole, tmp_path):
         else:
             shutil.rmtree(tmp_path / "ours")
         (whole / name).write_bytes(sound[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: (at / ONE_FILE).rename(at / "pytorch_model.bin"), "pytorch_model.bin is a pickle, which can run code .* not opened"),
+        (lambda at: (at / ONE_FILE).rename(at / "m.gguf"), "whole holds neither model.safetensors nor .*; it holds: config.json, m.gguf"),
+        (lambda at: (at / INDEX).write_text("{}"), "whole holds both model.safetensors and model.safetensors.index.json: remove the one"),
+        (lambda at: (at / CONFIG).unlink(), "config.json cannot be read: No such file"),
+        (lambda at: configured(at, model_type="mamba"), "config.json: model_type 'mamba' is not supported; there are: gpt2, gpt_neox,"),
+        (
+            lambda at: configured(at, architectures=["LlamaModel"]),
+            r"architectures \['LlamaModel'\] is not supported, only",
+        ),
+        (
+            lambda at: configured(at, architectures=["LlamaForSequenceClassification"]),
+            "no file holds score.weight, which config",
+        ),
+        (lambda at: configured(at, rope_scaling={"type": "yarn"}), "config.json: llama: rotary scaling 'yarn' is not supported"),
+        (lambda at: configured(at, num_hidden_layers=10**12), "config.json: it has 1000000000000 layers, and the files hold 12 tensors"),
+        (lambda at: configured(at, score_bias="x"), "config.json: score_bias must be a number, got 'x'"),
+    ],
+)
+def test_what_is_refused_is_named(change, message, whole, tmp_path):
+    change(whole)
+    with pytest.raises(ValueError, match=message):
+        from_hf(whole, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def configured(folder, **changes):
+    (folder / CONFIG).write_text(json.dumps({**CONFIGURED, **changes}))
+
+
+@pytest.mark.parametrize("stopped", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize("outward", [False, True], ids=["in", "out"])
+def test_a_conversion_that_stops_leaves_nothing(stopped, outward, whole, tmp_path, capsys):
+    source, target = (tmp_path / "ours" if outward else whole), tmp_path / "made"
+    if outward:
+        from_hf(whole, source)
+    made = tensors._made
+
+    def fails_at_last(name, tensor):
+        if "down_proj" in name or "linear_fc2" in name:
+            assert (tmp_path / "made.partial").is_dir() and not target.exists()
+            raise stopped
+        return made(name, tensor)
+
+    with mock.patch.object(tensors, "_made", fails_at_last):
+        status = convert(["--from", str(source), "--to", str(target)])
+    assert status == (1 if isinstance(stopped, OSError) else 130)
+    assert not target.exists() and not (tmp_path / "made.partial").exists()
+    assert ("No space left" in capsys.readouterr().err) == isinstance(stopped, OSError)
+    assert convert(["--from", str(source), "--to", str(target)]) == 0
+
+
+def test_what_is_there_stays(whole, tmp_path, capsys):
+    for name in ("file", "full", "link"):
+        target = tmp_path / name
+        if name == "file":
+            target.write_text("kept")
+        elif name == "full":
+            target.mkdir()
+            (target / "kept").write_text("kept")
+        else:
+            target.symlink_to(tmp_path / "full")
+        assert convert(["--from", str(whole), "--to", str(target)]) == 2
+        assert f"{name} is there already" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "kept").read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.partial").mkdir()
+    assert convert(["--from", str(whole), "--to", str(tmp_path / "cut")]) == 2
+    assert "cut.partial is there: a conversion to" in capsys.readouterr().err
+    with mock.patch.object(shutil, "disk_usage", lambda path: mock.Mock(free=1000)):
+        assert convert(["--from", str(whole), "--to", str(tmp_path / "new" / "deep")]) == 2
+    assert "deep needs 0.00 GiB, and its disk has 0.00 GiB free" in capsys.readouterr().err
+    assert convert(["--from", str(whole), "--to", str(tmp_path / "empty")]) == 0
+    assert checkpoints.read_saved(tmp_path / "empty").state["stage"] == "convert"
+
+
+def test_a_damaged_checkpoint_does_not_go_out(whole, tmp_path, capsys):
+    from_hf(whole, tmp_path / "ours")
+    part = tmp_path / "ours" / "part_00000.safetensors"
+    content = part.read_bytes()
+    part.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    assert convert(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")]) == 2
+    assert "part_00000.safetensors is damaged: its content is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_options_that_mean_nothing_are_refused(whole, tmp_path, capsys):
+    from_hf(whole, tmp_path / "ours")
+    ours, to = ["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "x")], ["--from", str(whole), "--to", str(tmp_path / "x")]
+    cases = [
+        ([*to, "--dtype", "bf16", "--model", "policy"], "--model, --dtype: of use only from one of our checkpoints"),
+        ([*ours, "--eos-token", "b"], "--eos-token: of use only from a Hugging Face folder"),
+        ([*ours, "--model", "policy"], "ours holds no model named 'policy'; it holds: model"),
+        ([*ours, "--weights", "average"], "--weights average: .*ours holds no moving average of model"),
+        ([*ours, "--family", "qwen2"], "no Hugging Face family .* .qwen2 cannot: qkv_bias would be True, and is False"),
+        ([*ours, "--family", "t5"], "--family t5 is not supported; there are: gpt2"),
+        ([*ours, "--shard-gb", "0"], "--shard-gb must be above 0"),
+        (["--from", str(tmp_path / "none"), "--to", str(tmp_path / "x")], "there is no folder .*none"),
+    ]
+    for arguments, message in cases:
+        assert convert(arguments) == 2
+        err = capsys.readouterr().err
+        assert re.search(message, err), (message, err)
+    assert not (tmp_path / "x").exists()
