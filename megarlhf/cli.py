@@ -26,7 +26,12 @@ DEFAULT_TIMEOUT_MINUTES = 30.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user wrote wrong, 1 for what went wrong, 130 after Ctrl-C."""
-    options = _parsed(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["convert"]:
+        from megarlhf.conversion.command import main as convert
+
+        return convert(words[1:])
+    options = _parsed(words)
     if options.help_config:
         print(describe(COMMANDS[options.command]), flush=True)
         return 0
@@ -80,11 +85,10 @@ def _refuse(command: str, problem: str) -> int:
     return 2
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-")]:
-        words = list(sys.argv[1:] if arguments is None else arguments)
         parser.error("\n".join(_about_option(word, words) for word in unknown))
     options.overrides += rest  # argparse gives up on overrides that stand after a second option
     return options
@@ -109,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     version = f"megarlhf {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("convert", help="between a Hugging Face folder and a checkpoint; no --config", add_help=False)
     for name, cls in COMMANDS.items():
         summary = (cls.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

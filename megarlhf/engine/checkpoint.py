@@ -84,6 +84,8 @@ def load(saved: Saved, models: Mapping[str, TrainEngine]) -> None:
         _check_holds(saved, name, engine, average=engine.ema is not None)
         if (head := saved.models[name]["head"]) != engine.spec.head:
             raise ValueError(f"{saved.path}: {name!r} has the head {head}, but this one's is {engine.spec.head}")
+        if not saved.models[name].get("has_moments", True):
+            raise ValueError(f"{saved.path}: {name!r} was converted and has no optimizer state: a run begins with it (load), none goes on")
         moments = {}
         for parameter, shard, piece in _held_by_optimizer(engine):
             reader.fill(shard.main.data.view(-1), name, "weights", parameter, piece)

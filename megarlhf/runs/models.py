@@ -96,7 +96,8 @@ class ModelPlanner:
         except ValueError as error:
             self.violations.append(f"{role}: {error}")
             return None
-        if architecture.vocab_size != self.tokenizer.vocab_size:
+        origin = self.run.resumed if resumed else source.saved if source is not None else None
+        if architecture.vocab_size != self.tokenizer.vocab_size and not self._belongs_to(origin, architecture):
             self.violations.append(
                 f"{role}: its vocabulary has {architecture.vocab_size} ids, the tokenizer's {self.tokenizer.vocab_size}: "
                 "models and tokenizer must be the ones that were trained together"
@@ -112,6 +113,11 @@ class ModelPlanner:
         plan = ModelPlan(role, config, architecture, head, layout, None if resumed else source, resumed is not None)
         self.notes.append(str(plan))
         return plan
+
+    def _belongs_to(self, saved: Saved | None, architecture: Architecture) -> bool:
+        """Whether a checkpoint was written with this very tokenizer and has room for it: many released models have ids to spare."""
+        known = saved.state.get("fingerprints", {}).get("tokenizer") if saved is not None else None
+        return known == self.tokenizer.fingerprint and architecture.vocab_size > self.tokenizer.vocab_size
 
     def _resumed_model(self, role: str) -> Architecture | None:
         """The architecture of a trained model in the checkpoint that the run goes on from."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megarlhf.storage.files import read_json, sync_folder, write_atomically
 from megarlhf.storage.pieces import Piece, overlaps
-from megarlhf.storage.tensors import Seal, TensorFile, damage, write_tensors
+from megarlhf.storage.tensors import LazyTensor, Seal, TensorFile, damage, write_tensors
 
 STATE_FILE = "state.json"
 FORMAT = 2
@@ -82,11 +82,13 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def write_part(path: Path, number: int, tensors: Mapping[str, Mapping[str, Mapping[str, Tensor]]], pieces: Mapping[str, Mapping]) -> Part:
+def write_part(
+    path: Path, number: int, tensors: Mapping[str, Mapping[str, Mapping[str, Tensor | LazyTensor]]], pieces: Mapping[str, Mapping]
+) -> Part:
     """Write one owner's tensors into the unfinished checkpoint of `path`. OSError where that fails.
 
     Args:
-        tensors: model -> kind -> entry -> [n], float32 as a rule.
+        tensors: model -> kind -> entry -> [n], float32 as a rule; a reader casts.
         pieces: model -> entry -> the `Piece` that the tensors of each kind are.
     """
     file = f"part_{number:05d}.safetensors"
@@ -149,6 +151,14 @@ class CheckpointReader:
     def parameters(self, model: str) -> set[str]:
         """Names of the parameters that a saved model has."""
         return set(self.saved.holders[model])
+
+    def dtype(self, model: str, kind: str, parameter: str) -> torch.dtype:
+        """What a parameter is saved in. ValueError where the checkpoint does not hold it."""
+        for name, entry in self.saved.holders[model].get(parameter, []):
+            saved = self._opened(name, model, entry)[0].entries.get(f"{model}.{kind}.{entry}")
+            if saved is not None and saved.dtype is not None:
+                return saved.dtype
+        raise ValueError(f"{self.saved.path} does not hold {model}.{kind}.{parameter}")
 
     @torch.no_grad()
     def fill(self, out: Tensor, model: str, kind: str, parameter: str, target: Piece) -> None:

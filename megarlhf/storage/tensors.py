@@ -1,14 +1,16 @@
 """Files of tensors: the safetensors format, which holds numbers and no code, written as a stream with its checksum.
 
-Reading is the safetensors package's; writing is here because that package first copies all tensors into memory as bytes.
+The safetensors package checks a file; the bytes are written here because it first copies all tensors into memory, and read here
+because it maps the file, whose pages then count as the process's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ DTYPE_NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BUFFER_BYTES = 16 * 2**20
 """What passes through the host at a time."""
 
@@ -37,12 +40,27 @@ class Seal:
     blake2b: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Seal:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, and let go of then."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> Seal:
     """Write `tensors` from whatever device, `BUFFER_BYTES` at a time, and synchronise the file. OSError where that fails."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+    ordered = sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)  # each begins at a multiple of its element's size
+    for name, tensor in ordered:
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -51,8 +69,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for part in (len(text).to_bytes(8, "little"), text):
             file.write(part)
             digest.update(part)
-        for tensor in tensors.values():
-            for part in tensor.detach().reshape(-1).view(torch.uint8).split(BUFFER_BYTES):
+        for name, tensor in ordered:
+            for part in _made(name, tensor).detach().reshape(-1).view(torch.uint8).split(BUFFER_BYTES):
                 on_host = part.cpu().numpy()
                 file.write(on_host)
                 digest.update(on_host)
@@ -77,21 +95,62 @@ def damage(path: Path, seal: Seal) -> str | None:
     return None if digest.hexdigest() == seal.blake2b else f"{path} is damaged: its content is not what was written (checksum)"
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a file says of one of its tensors."""
+
+    dtype: torch.dtype | None
+    """None where it is none of `DTYPES`: such a tensor is not read."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+
 class TensorFile:
-    """A file of tensors, opened for reading parts of them."""
+    """A file of tensors, for reading parts of them: what is read is in memory, and nothing else of the file."""
 
     def __init__(self, path: Path) -> None:
         """ValueError, with the file's name, where it is not whole or not such a file."""
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            self.names = set(self._file.keys())
-        except (SafetensorError, OSError) as error:
+            with safe_open(str(path), framework="pt") as checked:
+                self.metadata: dict[str, str] = checked.metadata() or {}
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a file of tensors: {error}") from error
+        header.pop("__metadata__", None)
+        self.entries = {
+            name: TensorEntry(DTYPES.get(entry["dtype"]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements start .. stop - 1 of a flat tensor. ValueError where there is no such tensor."""
-        if name not in self.names:
-            raise ValueError(f"{self.path} holds no tensor {name}")
-        return self._file.get_slice(name)[start:stop]
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements start .. stop - 1 of a tensor, flat; all of it, in its shape, without `stop`.
+
+        ValueError where there is no such tensor, or its values cannot be read.
+        """
+        entry = self.entries.get(name)
+        if entry is None or entry.dtype is None:
+            raise ValueError(f"{self.path} holds no tensor {name}" + (" of a kind that can be read" if entry else ""))
+        out = torch.empty(entry.shape if stop is None else (stop - start,), dtype=entry.dtype)
+        into = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.offset + start * entry.dtype.itemsize)
+                while into and (count := file.readinto(into)):
+                    into = into[count:]
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if into:
+            raise ValueError(f"{self.path} cannot be read: it ends before the values of {name} do")
+        return out
+
+
+def _made(name: str, tensor: Tensor | LazyTensor) -> Tensor:
+    if isinstance(tensor, Tensor):
+        return tensor
+    made = tensor.make()
+    assert (tuple(made.shape), made.dtype) == (tensor.shape, tensor.dtype), f"{name} was announced as {tensor}, and is {made.shape}"
+    return made

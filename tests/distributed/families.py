@@ -53,19 +53,37 @@ CONFIGS = {
 """Name -> (class of transformers' configuration, its arguments)."""
 
 
-def make(name, folder):
-    """A language model with random weights, biases and norms, saved in `folder`."""
+def make(name, folder, *, head="lm", dtype=torch.float32, **saving):
+    """A language model, or a classifier with one label, with random weights, biases and norms, saved in `folder`."""
     import transformers  # here, so that ranks do not spend seconds on it
 
     torch.manual_seed(0)
     class_name, arguments = CONFIGS[name]
-    config = getattr(transformers, class_name)(**arguments)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = getattr(transformers, class_name)(**arguments, **({} if head == "lm" else {"num_labels": 1, "pad_token_id": 0}))
+    kind = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
+    model = kind.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that none is left out unseen
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.0)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, **saving)
     return model
+
+
+def make_tokenizer(folder, *, vocab_size=VOCAB):
+    """A byte-level tokenizer with special tokens and a chat template, as transformers saves it."""
+    import tokenizers
+    import transformers
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    model.train_from_iterator(["some text to learn from, and some more"] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    fast.save_pretrained(folder)
+    return fast
 
 
 def read(folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megarlhf.storage.files import read_json, write_atomically
-from megarlhf.storage.tensors import BUFFER_BYTES, TensorFile, damage, write_tensors
+from megarlhf.storage.tensors import BUFFER_BYTES, LazyTensor, TensorFile, damage, write_tensors
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -70,6 +70,31 @@ def test_tensors_come_back_and_other_readers_read_them(tmp_path):
     assert file.metadata == {"what": "ever"} and torch.equal(file.read("a", 3, 7), TENSORS["a"][3:7])
     with pytest.raises(ValueError, match="t.safetensors holds no tensor c"):
         file.read("c", 0, 1)
+
+
+def test_tensors_are_made_one_at_a_time_as_they_are_written(tmp_path):
+    from safetensors.torch import load_file
+
+    made, path = [], tmp_path / "t.safetensors"
+
+    def make(name, tensor):
+        made.append((name, path.stat().st_size if path.exists() else None))
+        return tensor
+
+    odd = torch.arange(3, dtype=torch.bfloat16)  # what follows would begin in the middle of one of its elements
+    given = {"a": odd, "b": torch.randn(2, 5), "c": odd + 1, "d": torch.randn(1, dtype=torch.float64)}
+    lazy = {name: LazyTensor(tuple(t.shape), t.dtype, lambda n=name, t=t: make(n, t)) for name, t in given.items()}
+    seal = write_tensors(path, lazy, {})
+    assert [name for name, _ in made] == ["d", "b", "a", "c"], "each begins at a multiple of its element's size"
+    assert damage(path, seal) is None
+    read, file = load_file(path), TensorFile(path)
+    for name, tensor in given.items():
+        assert torch.equal(read[name], tensor) and torch.equal(file.read(name), tensor)
+        assert file.entries[name].offset % tensor.element_size() == 0
+    assert torch.equal(file.read("b", 3, 7), given["b"].view(-1)[3:7])
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="t.safetensors cannot be read: it ends before the values of c do"):
+        file.read("c")
 
 
 def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
