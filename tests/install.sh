@@ -53,7 +53,7 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$stamp" ]; then
   say "installing $(grep '^torch==' "$tested")"
   quietly "$python" -m pip install -c "$tested" torch
   say "installing megarlhf and what its tests need, at the versions in ${tested#"$root"/}"
-  quietly "$python" -m pip install -c "$tested" -e "$root[test]"
+  quietly "$python" -m pip install -c "$tested" -e "${root}[test]"
   echo "$stamp" >"$venv/installed"
 fi
 say "$venv is ready"

@@ -16,15 +16,13 @@ export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 data=$runs/data
 started=$SECONDS
 
-stage() { # stage COMMAND CONFIG key=value...: one stage on two ranks
-  local command=$1 config=$2
+stage() { # stage COMMAND CONFIG key=value... [--smoke key=value...]: one stage on two ranks; the latter in the short form only
+  local command=$1 config=$2 words=()
   shift 2
+  while [ $# -gt 0 ] && [ "$1" != --smoke ]; do words+=("$1") && shift; done
+  if [ "$smoke" = yes ]; then words+=("${@:2}"); fi
   "$python" -m torch.distributed.run --standalone --nproc_per_node 2 -m megarlhf "$command" --config "$here/$config" \
-    "tokenizer.path=$data/tokenizer.model" "$@"
-}
-
-few() { # the overrides that follow, in the short form only
-  if [ "$smoke" = yes ]; then printf '%s\n' "$@"; fi
+    "tokenizer.path=$data/tokenizer.model" "${words[@]}"
 }
 
 if [ ! -f "$data/corpus.idx" ]; then
@@ -39,21 +37,21 @@ demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demons
 text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")
 
 echo "== base model"
-stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" $(few steps=4 schedule.warmup_steps=1)
+stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" --smoke steps=4 schedule.warmup_steps=1
 echo "== SFT baseline"
-stage sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" $(few epochs=1 batch_size=256)
+stage sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
 echo "== the model that PPO starts from"
-stage sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" $(few epochs=1 batch_size=256)
+stage sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
 echo "== reward model"
 stage reward reward.yaml run.dir="$runs/reward" model.load="$runs/base" data.train="$data/rankings.jsonl" \
-  data.valid="$data/rankings_valid.jsonl" data.demonstrations="$data/demonstrations_valid.jsonl" $(few batch_size=256)
+  data.valid="$data/rankings_valid.jsonl" data.demonstrations="$data/demonstrations_valid.jsonl" --smoke batch_size=256
 
 models=(policy.load="$runs/ppo_init" reference.load="$runs/ppo_init" reward.load="$runs/reward" value.load="$runs/reward")
 prompts=(data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
 echo "== PPO-ptx"
-stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2 ppo.warmup_iterations=1)
+stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
 echo "== plain PPO"
-stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" $(few ppo.iterations=2 ppo.warmup_iterations=1)
+stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
 
 echo "== evaluation"
 for model in sft ppo_init ppo ppo_ptx; do

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The 6B reward model, which serves every policy size: one node of 8 GPUs.
+# Environment variables and the ways to start it: at the top of launcher/start.sh, or with --help.
+#
+#   bash launcher/reward_1.3b.sh [--dry-run] [key=value ...]
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=start.sh
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
+start_stage reward examples/1.3b_single_node/reward.yaml 1 "$@"

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Runs launcher/slurm/many_nodes.sbatch on a real Slurm: a tiny reward model on two nodes of two ranks, over gloo. Once to its end,
+# and once stopped by SIGUSR1, requeued by itself and gone on to its end.
+#
+#   bash tests/slurm/run.sh [FOLDER]    logs and the run's files go there; a temporary folder, removed if all is well, when left out
+#
+# Needs Slurm and munge (Debian: slurm-wlm, munge; at least 21.08) and MEGARLHF_PYTHON or the .venv of tests/run.sh. Starts a controller and two
+# nodes on this machine as the present user, on ports 17000 to 17002, and stops them at the end. Exit status 77: no Slurm here.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+for program in munged slurmctld slurmd sbatch srun scontrol; do
+  PATH=$PATH:/usr/sbin command -v "$program" >/dev/null || { echo "tests/slurm: left out, there is no $program here"; exit 77; }
+done
+export PATH=$PATH:/usr/sbin
+python=$(bash tests/install.sh)
+folder=${1:-$(mktemp -d)}
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd)
+started=()
+good=no
+
+stop() { # the cluster, however this script ends; it was started by it and has no other jobs
+  [ ${#started[@]} -eq 0 ] || scancel --user="$(id -un)" 2>/dev/null || true
+  for pid in $(printf '%s\n' "${started[@]}" | tac); do kill "$pid" 2>/dev/null || true; done
+  wait
+  if [ "$good" = yes ] && [ -z "${given:-}" ]; then rm -rf "$folder"; else echo "tests/slurm: logs are in $folder"; fi
+}
+given=${1:-}
+trap stop EXIT
+
+start() { # start LOG COMMAND...: a daemon in the foreground, so that its number is known
+  local log=$1
+  shift
+  "$@" >"$folder/$log.out" 2>&1 &
+  started+=($!)
+}
+
+wait_for() { # wait_for SECONDS WHAT COMMAND...: until the command succeeds
+  local end=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@" >/dev/null 2>&1; do
+    if [ $SECONDS -ge $end ]; then
+      echo "tests/slurm: FAILED: waited in vain for $what"
+      squeue 2>/dev/null || true
+      tail -n 20 "$folder"/*.log "$folder"/*.out 2>/dev/null || true
+      exit 1
+    fi
+    sleep 0.5
+  done
+}
+
+start_cluster() {
+  mkdir -p "$folder/munge" "$folder/state"
+  chmod 700 "$folder" "$folder/munge"
+  head -c 1024 /dev/urandom >"$folder/munge/key" && chmod 600 "$folder/munge/key"
+  sed "s|FOLDER|$folder|; s|HOSTNAME|$(hostname -s)|; s|USER|$(id -un)|" tests/slurm/slurm.conf >"$folder/slurm.conf"
+  touch "$folder/gpu0" "$folder/gpu1" # in the place of device files, which Slurm wants to see
+  echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-1]" >"$folder/gres.conf"
+  export SLURM_CONF=$folder/slurm.conf
+  start munged munged --foreground --force --socket="$folder/munge/socket" --key-file="$folder/munge/key" \
+    --log-file="$folder/munge/log" --pid-file="$folder/munge/pid" --seed-file="$folder/munge/seed"
+  wait_for 20 "munge's socket" test -S "$folder/munge/socket"
+  start slurmctld slurmctld -D
+  start slurmd1 slurmd -D -N n1
+  start slurmd2 slurmd -D -N n2
+  wait_for 60 "both nodes" both_idle
+}
+
+both_idle() { [ "$(sinfo --noheader --format=%t%D)" = idle2 ]; }
+
+state_is() { scontrol --oneliner show job "$1" | grep -q "JobState=$2 "; }
+
+field() { scontrol --oneliner show job "$1" | tr ' ' '\n' | sed -n "s/^$2=//p"; }
+
+num_steps() { # num_steps RUN: how many steps a run has logged
+  if [ -f "$folder/runs/$1/metrics.jsonl" ]; then wc -l <"$folder/runs/$1/metrics.jsonl"; else echo 0; fi
+}
+
+has_steps() { [ "$(num_steps "$1")" -ge "$2" ]; }
+
+submit() { # submit RUN EPOCHS: prints the job's number
+  CONFIG=$folder/data/reward.yaml PYTHON=$python OMP_NUM_THREADS=1 sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 \
+    --gpus-per-node=2 --output="$folder/$1.log" launcher/slurm/many_nodes.sbatch launcher/reward_175b.sh \
+    "run.dir=$folder/runs/$1" "epochs=$2" run.threads=1 run.timeout_minutes=2 parallel.tp=2
+}
+
+ends_well() { # ends_well JOB RUN: wait for the end of a job
+  wait_for 240 "the end of $2" sh -c "scontrol --oneliner show job $1 | grep -Eq 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT) '"
+  state_is "$1" COMPLETED && [ "$(field "$1" ExitCode)" = 0:0 ] && return
+  echo "tests/slurm: FAILED: $2 is $(field "$1" JobState), exit code $(field "$1" ExitCode)"
+  tail -n 40 "$folder/$2.log"
+  exit 1
+}
+
+"$python" -c 'import sys; from pathlib import Path; from tests.distributed.recipe import make_recipe; make_recipe(Path(sys.argv[1]))' \
+  "$(mkdir -p "$folder/data" && echo "$folder/data")"
+start_cluster
+echo "tests/slurm: $(slurmctld -V): two nodes are up"
+
+job=$(submit whole 1)
+ends_well "$job" whole
+echo "tests/slurm: to the end: passed, $(num_steps whole) steps"
+
+job=$(submit requeued 40)
+wait_for 120 "the first steps" has_steps requeued 5
+scancel --signal=USR1 "$job" # to the ranks and not to the batch script, as --signal=USR1@SECONDS does
+wait_for 120 "the job in the queue again" sh -c "scontrol --oneliner show job $job | grep -q ' Restarts=1 '"
+before=$(num_steps requeued)
+ends_well "$job" requeued
+grep -q "it goes into the queue again" "$folder/requeued.log"
+after=$(num_steps requeued)
+if [ "$(field "$job" Restarts)" != 1 ] || [ "$before" -ge "$after" ]; then
+  echo "tests/slurm: FAILED: $before steps before, $after after, $(field "$job" Restarts) restarts"
+  exit 1
+fi
+echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
+good=yes
