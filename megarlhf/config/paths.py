@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megarlhf.config.fields import annotations_of, join, sections_of, without_none, without_rules
 from megarlhf.config.rules import PathTo
@@ -19,11 +19,21 @@ def path_problems(config: Any) -> list[str]:
     for at, section in sections_of(config):
         annotations = annotations_of(type(section))
         for field in fields(section):
-            value = getattr(section, field.name)
-            for rule in without_rules(without_none(annotations[field.name])[0])[1]:
-                if isinstance(rule, PathTo) and value is not None and (problem := _checked(rule, value)):
-                    found.append(f"{join(at, field.name)}: {problem}")
+            for key, annotation, value in _values(join(at, field.name), annotations[field.name], getattr(section, field.name)):
+                for rule in without_rules(annotation)[1]:
+                    if isinstance(rule, PathTo) and (problem := _checked(rule, value)):
+                        found.append(f"{key}: {problem}")
     return found
+
+
+def _values(key: str, annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, annotation, value) of a field, or of each item of a list; none where there is none."""
+    inner = without_none(annotation)[0]
+    if isinstance(value, tuple):
+        kinds = get_args(inner)
+        yield from ((f"{key}[{i}]", kinds[0 if kinds[-1] is Ellipsis else i], item) for i, item in enumerate(value))
+    elif value is not None:
+        yield key, inner, value
 
 
 def _checked(rule: PathTo, path: str) -> str | None:

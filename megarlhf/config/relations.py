@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
 from megarlhf.config.sections import ModelConfig, ScheduleConfig
 
 
@@ -26,6 +30,22 @@ def same_file_doubts(**paths: str | None) -> list[str]:
             found.append(f"data.{key} is data.{given[path]}, {path}: validation then says nothing of what was not trained on")
         elif path is not None:
             given[path] = key
+    return found
+
+
+def task_name(path: str | Path) -> str:
+    """What the results of a task's file are called by: "sst" for "data/sst.jsonl"."""
+    name = Path(path).name
+    return name.partition(".")[0] or name
+
+
+def task_violations(paths: Sequence[str], shots: int | None) -> list[str]:
+    """Results of two files under one name could not be told apart, and examples stand before the queries of tasks only."""
+    names = Counter(map(task_name, paths))
+    shared = {name: count for name, count in names.items() if count > 1}
+    found = [f"tasks has {count} files of the name {name}, which their results would share: rename one" for name, count in shared.items()]
+    if shots is not None and not paths:
+        found.append(f"shots {shots} says how many examples stand before the queries of tasks, and tasks is empty")
     return found
 
 

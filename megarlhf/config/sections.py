@@ -11,6 +11,7 @@ from megarlhf.config.rules import (
     Corpus,
     Count,
     CountOrNone,
+    InputFile,
     NotNegative,
     OutputFolder,
     Positive,
@@ -314,6 +315,27 @@ class SamplingConfig:
         """What is hardly meant."""
         cut = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
         return [f"{name} has no effect with temperature 0" for name in cut] if self.temperature == 0 else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRateConfig:
+    """How often A's answers are better than B's to the same prompts."""
+
+    responses: InputFile | None = None
+    """A's answers, JSONL such as a run's responses.jsonl; null: the model's to `prompts`."""
+    against: InputFile | None = None
+    """B's answers: `reward`, or `model` where that is a reward model, says whose is better."""
+    labels: InputFile | None = None
+    """JSONL of {"id" or "prompt", "preference": "a", "b" or "tie"}: people say whose is better."""
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        return ["responses are compared with B's: against must name their file"] if self.responses and self.against is None else []
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        same = self.against is not None and self.against == self.responses
+        return [f"against is responses, {self.against}: a model ties with itself"] if same else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import show
 from megarlhf.config.loader import build_config
-from megarlhf.config.relations import fresh_doubts, same_file_doubts, warmup_doubts, warmup_violations
+from megarlhf.config.relations import fresh_doubts, same_file_doubts, task_violations, warmup_doubts, warmup_violations
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
@@ -36,6 +36,7 @@ from megarlhf.config.sections import (
     ScheduleConfig,
     TokenizerConfig,
     TrainedModelConfig,
+    WinRateConfig,
 )
 from megarlhf.config.yaml_tree import read_yaml
 
@@ -341,6 +342,12 @@ class EvaluateConfig(StageConfig):
     """JSONL of {"prompt", "response"}: loss on the responses."""
     rankings: InputFile | None = None
     """JSONL of rankings: the accuracy of `reward`, or of `model` where that is a reward model."""
+    tasks: tuple[InputFile, ...] = ()
+    """JSONL files, one for each benchmark (docs/evaluation.md): multiple choice, or answers generated at temperature 0."""
+    shots: Annotated[int, Range(0, 1000)] | None = None
+    """Examples before each query of a task; null: as many as its file says."""
+    win_rate: WinRateConfig = field(default_factory=WinRateConfig)
+    """Whose answers are better, and how often."""
     text: HeldOutTextConfig | None = None
     """Packed text: language-model loss."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -350,13 +357,16 @@ class EvaluateConfig(StageConfig):
 
     def violations(self) -> list[str]:
         """Rules across sections."""
-        found = []
-        if all(data is None for data in (self.prompts, self.demonstrations, self.rankings, self.text)):
-            found.append("prompts, demonstrations, rankings or text must be given: there is nothing to evaluate on")
+        found, against = task_violations(self.tasks, self.shots), self.win_rate.against
+        if not any((self.prompts, self.demonstrations, self.rankings, self.tasks, self.text, against, self.win_rate.labels)):
+            data = "prompts, demonstrations, rankings, tasks, win_rate.against, win_rate.labels or text"
+            found.append(f"{data} must be given: there is nothing to evaluate on")
         if self.reference and self.prompts is None:
             found.append("reference judges responses: it needs prompts")
-        if self.reward and self.prompts is None and self.rankings is None:
-            found.append("reward judges responses or rankings: it needs prompts or rankings")
+        if self.reward and not any((self.prompts, self.rankings, against)):
+            found.append("reward judges responses or rankings: it needs prompts, rankings or win_rate.against")
+        if against and self.win_rate.responses is None and self.prompts is None:
+            found.append("win_rate.against holds B's answers: win_rate.responses must name A's, or prompts what the model answers")
         return found
 
 

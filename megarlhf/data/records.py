@@ -83,6 +83,8 @@ class Ranking:
     ranks: tuple[int, ...]
     source: str
     """"file:line"."""
+    group: str | int | None = None
+    """Whose ranking it is: its "group", or else its "labeler"."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,26 @@ def read_demonstrations(path: str | Path, *, on_bad_record: OnBadRecord = "raise
 
 
 def read_rankings(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Ranking], RecordReport]:
-    """Read ``{"prompt", "responses", "ranks"}`` or ``{"prompt", "chosen", "rejected"}`` lines. Raises BadRecord."""
+    """Read ``{"prompt", "responses", "ranks"}`` or ``{"prompt", "chosen", "rejected"}`` lines. Raises BadRecord.
+
+    An optional "labeler" says whose ranking it is, or a "group" whose group's.
+    """
 
     def convert(source: str, record: dict) -> Ranking:
         prompt = text_field(source, record, "prompt")
+        labeler, group = (name_field(source, record, name) for name in ("labeler", "group"))
+        group = labeler if group is None else group
         if record.keys() & {"responses", "ranks"} and record.keys() & {"chosen", "rejected"}:
             raise BadRecord(source, "two rankings in one", "responses with ranks, and a pair", "Make two records of it.")
         if "responses" in record or "ranks" in record:
             responses = _responses_field(source, record)
             ranks = _ranks_field(source, record, num_responses=len(responses))
             require_one_rank_each(source, responses, ranks)
-            return Ranking(prompt, responses, ranks, source)
+            return Ranking(prompt, responses, ranks, source, group)
         if "chosen" in record or "rejected" in record:
             pair = (text_field(source, record, "chosen"), text_field(source, record, "rejected"))
             require_one_rank_each(source, pair, (1, 2))
-            return Ranking(prompt, pair, (1, 2), source)
+            return Ranking(prompt, pair, (1, 2), source, group)
         raise BadRecord(source, "missing field", "no completions", 'Add "responses" and "ranks", or "chosen" and "rejected".')
 
     return _read(path, convert, on_bad_record)
@@ -130,9 +137,8 @@ def read_prompts(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> t
     """Read ``{"prompt"}`` lines, with an optional string or integer ``"id"`` and any other fields. Raises BadRecord."""
 
     def convert(source: str, record: dict) -> Prompt:
-        prompt, prompt_id = text_field(source, record, "prompt"), record.get("id")
-        if prompt_id is not None and (isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int)):
-            raise BadRecord(source, "wrong type", f'"id" is {_kind(prompt_id)}', "Make it a string or an integer, or leave it out.")
+        prompt = text_field(source, record, "prompt")
+        name_field(source, record, "id")
         return Prompt(prompt, source, {name: value for name, value in record.items() if name != "prompt"})
 
     return _read(path, convert, on_bad_record)
@@ -202,6 +208,14 @@ def require_one_rank_each(source: str, responses: Iterable[object], ranks: Itera
 def text_field(source: str, record: dict, name: str) -> str:
     """The non-empty text of a field. Raises BadRecord."""
     return _text(source, f'"{name}"', _field(source, record, name))
+
+
+def name_field(source: str, record: Mapping[str, Any], name: str) -> str | int | None:
+    """What an optional field names something by, a string or an integer. Raises BadRecord."""
+    value = record.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise BadRecord(source, "wrong type", f'"{name}" is {_kind(value)}', "Make it a string or an integer, or leave it out.")
+    return value
 
 
 class RecordTally:

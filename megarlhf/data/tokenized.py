@@ -49,6 +49,8 @@ class RankingRow:
     """One per completion, EOS included."""
     ranks: tuple[int, ...]
     source: str
+    group: str | int | None = None
+    """Whose ranking it is, where its record says so."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def ranking_rows(
             for i, response in enumerate(record.responses)
         )
         require_one_rank_each(record.source, map(tuple, response_ids), record.ranks)  # texts may differ where their tokens do not
-        return RankingRow(prompt_ids, response_ids, record.ranks, record.source)
+        return RankingRow(prompt_ids, response_ids, record.ranks, record.source, record.group)
 
     return _rows(records, convert, tokenizer, on_bad_record)
 

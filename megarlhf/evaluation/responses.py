@@ -73,14 +73,15 @@ class ResponseJudge:
         return Judged(rollouts, scores, kl)
 
 
-def generator_of(engine: Engine, tokenizer: Tokenizer) -> Generator:
-    """A generator in the engine's own layout, from its own weights."""
+def generator_of(engine: Engine, tokenizer: Tokenizer, *, stop_ids: Sequence[int] = ()) -> Generator:
+    """A generator in the engine's own layout, from its own weights; responses end after any of `stop_ids` too."""
     return Generator(
         engine.transformers,
         engine.groups,
         architecture=engine.spec.architecture,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        stop_ids=stop_ids,
     )
 
 

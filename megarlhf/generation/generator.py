@@ -58,13 +58,22 @@ class Generator:
     """Samples from a model in its own layout, with a key-value cache, under tensor and pipeline parallelism."""
 
     def __init__(
-        self, chunks: Sequence[Transformer], groups: ModelGroups, *, architecture: Architecture, eos_id: int, pad_id: int
+        self,
+        chunks: Sequence[Transformer],
+        groups: ModelGroups,
+        *,
+        architecture: Architecture,
+        eos_id: int,
+        pad_id: int,
+        stop_ids: Sequence[int] = (),
     ) -> None:
+        """Responses end after EOS, which finishes them, or after any of `stop_ids`."""
         self.chunks = list(chunks)
         self.groups = groups
         self.architecture = architecture
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.last_ids = torch.tensor([eos_id, *stop_ids], device=groups.device)
 
     @torch.no_grad()
     def generate(
@@ -79,7 +88,7 @@ class Generator:
         iteration: int,
         max_batch_size: int | None = None,
     ) -> Rollouts:
-        """One response to each prompt: up to EOS (included), max_new_tokens, or the model's context.
+        """One response to each prompt: up to EOS or a stop id (included), max_new_tokens, or the model's context.
 
         Every rank passes the same prompts and gets the same rollouts; each data-parallel copy answers its share, at
         most max_batch_size rows at a time. Log-probabilities are those of softmax(logits / temperature) over the whole
@@ -140,7 +149,7 @@ class Generator:
             out.logprobs[rows, step] = torch.where(open_rows, logprobs, 0.0)
             out.lengths[rows] += open_rows
             out.finished[rows] |= open_rows & (chosen == self.eos_id)
-            open_rows = open_rows & (chosen != self.eos_id) & (step + 1 < limits[rows])
+            open_rows = open_rows & ~torch.isin(chosen, self.last_ids) & (step + 1 < limits[rows])
             num_open = int(open_rows.sum())
             if num_open == 0:
                 break

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from megarlhf.config.relations import task_name
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig, TokenizerConfig
+from megarlhf.data.comparisons import Answer, AnswerRow, Label, answer_rows, answers_fingerprint, paired, read_answers, read_labels
 from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.records import RecordReport, read_demonstrations, read_prompts, read_rankings
+from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows
+from megarlhf.data.tasks import read_task
 from megarlhf.data.tokenized import (
     DemonstrationRow,
     PromptRow,
@@ -26,7 +31,7 @@ from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.agreement import refuse_together
 
 T = TypeVar("T")
-R = TypeVar("R", DemonstrationRow, RankingRow, PromptRow)
+R = TypeVar("R", DemonstrationRow, RankingRow, PromptRow, TaskRow, AnswerRow)
 Batch = tuple[str, int]
 """The key and the size of a batch that is drawn from a file."""
 
@@ -79,6 +84,41 @@ class Records:
         rows = self._rows(key, path, read_prompts, prompt_rows, max_prompt_len=self.limits.max_prompt_len)
         return self._checked(key, rows, apart_from, batch)
 
+    def tasks(self, key: str, paths: Sequence[str], *, shots: int | None, seed: int) -> dict[str, list[TaskRow]]:
+        """Each file's task by its name. Args: shots, seed: see `task_rows`."""
+        tasks = {}
+        for i, path in enumerate(paths):
+            convert = partial(task_rows, shots=shots, seed=derive_seed(seed, "shots"))
+            rows = self._rows(f"{key}[{i}]", path, read_task, convert, task_fingerprint, **self._lengths())
+            if fewer := sum(row.shots_lost > 0 for row in rows):
+                limit = f"limits.max_prompt_len {self.limits.max_prompt_len}"
+                self.notes.append(f"{path}: {fewer} of {len(rows)} prompts have fewer examples than asked for, so that {limit} holds")
+            tasks[task_name(path)] = rows
+        return tasks
+
+    def answers(self, key: str, path: str | None) -> list[AnswerRow]:
+        """{"prompt", "response"} as rows, their order kept; none without a path."""
+        return self._rows(key, path, read_answers, answer_rows, answers_fingerprint, **self._lengths())
+
+    def labels(self, path: str | None) -> list[Label]:
+        """Whose answers are better; none without a path."""
+        if path is None:
+            return []
+        labels, report = _noting(self.problems, read_labels, path, on_bad_record=self.limits.on_bad_record) or ([], None)
+        self._note(report)
+        return labels
+
+    def pairs(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[int, int]]:
+        """The numbers of two models' answers to one prompt. One that cannot be paired is as good as a bad record."""
+        if not ours or not theirs:
+            return []
+        pairs, left_out = paired(ours, theirs)
+        if self.limits.on_bad_record == "raise" or not pairs:
+            self.problems += [f"win_rate.against: {line}" for line in left_out]
+        else:
+            self.notes += [f"win_rate.against: left out: {line}" for line in left_out]
+        return pairs
+
     def text(self, key: str, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
         """Packed text without end; None where it cannot be read."""
         seed = derive_seed(seed, "text")
@@ -109,25 +149,36 @@ class Records:
         return self.problems
 
     def _rows(
-        self, key: str, path: str | None, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int
+        self,
+        key: str,
+        path: str | None,
+        read: Callable,
+        convert: Callable[..., tuple[list[R], RecordReport]],
+        fingerprint: Callable[[list[R]], str] = rows_fingerprint,
+        **lengths: int,
     ) -> list[R]:
         if path is None:
             return []
         rows = _noting(self.problems, self._read, path, read, convert, **lengths) or []
         if rows:
-            self._remember(key, path, rows_fingerprint(rows))
+            self._remember(key, path, fingerprint(rows))
         return rows
 
     def _read(self, path: str | Path, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int) -> list[R]:
         records, report = read(path, on_bad_record=self.limits.on_bad_record)
         rows, fit = convert(records, self.tokenizer, **lengths, on_bad_record=self.limits.on_bad_record)
-        for part in (report, fit):
-            if part is report or part.num_skipped:
-                self.notes += [str(part), *(f"  skipped {example}" for example in part.examples)]
-            if part.num_skipped > len(part.examples):
-                self.notes.append(f"  and {part.num_skipped - len(part.examples)} more")
+        self._note(report)
+        self._note(fit if fit.num_skipped else None)
         self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
         return rows
+
+    def _note(self, report: RecordReport | None) -> None:
+        """Note what was read, and what of it was left out."""
+        if report is None:
+            return
+        self.notes += [str(report), *(f"  skipped {example}" for example in report.examples)]
+        if report.num_skipped > len(report.examples):
+            self.notes.append(f"  and {report.num_skipped - len(report.examples)} more")
 
     def _remember(self, key: str, path: str, fingerprint: str) -> None:
         self.fingerprints[key] = fingerprint

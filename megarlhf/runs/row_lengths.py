@@ -76,11 +76,11 @@ def _(config: GenerateConfig) -> dict[str, list[RowLength]]:
 @_row_lengths.register
 def _(config: EvaluateConfig) -> dict[str, list[RowLength]]:
     sampled = [_sampled(config.limits, config.sampling)] if config.prompts is not None else []
-    demonstrations = [_given(config.limits)] if config.demonstrations is not None else []
-    rankings = [_given(config.limits)] if config.rankings is not None else []
+    read = [_given(config.limits)] if config.demonstrations is not None or config.tasks else []
+    judged = [_given(config.limits)] if config.rankings is not None or config.win_rate.against is not None else []
     text = [RowLength.of(text__seq_len=config.text.seq_len)] if config.text and config.text.valid_prefix is not None else []
-    model = [*sampled, *(demonstrations or (rankings if config.reward is None else [])), *text]
-    return {"model": model, "reward": [*sampled, *rankings], "reference": sampled}
+    model = [*sampled, *(read or (judged if config.reward is None else [])), *text]
+    return {"model": model, "reward": [*sampled, *judged], "reference": sampled}
 
 
 def _given(limits: LimitsConfig) -> RowLength:

@@ -68,7 +68,7 @@ class RewardModelTraining(Stage):
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on validation rankings, and the demonstrations' mean score."""
-        metrics = ranking_metrics(self.model, self.valid) if self.valid is not None else {}
+        metrics = ranking_metrics(self.model.scores(self.valid), self.valid) if self.valid is not None else {}
         if self.demonstrations is not None:
             metrics["valid/demonstration_score"] = float(self.model.scores(self.demonstrations).double().mean())
         return metrics

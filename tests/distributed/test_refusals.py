@@ -113,7 +113,7 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
     ]
     assert said["which model"].startswith("reward: load_model must name one of policy, value in") and "'valu'" in said["which model"]
     assert said["reward model on text"].splitlines() == [
-        "model: it is a reward model, which can be evaluated on rankings only",
+        "model: it is a reward model, which can be evaluated on rankings and on win_rate.responses only",
         "reward: `model` is a reward model itself; leave one of the two out",
     ]
     assert not (tmp_path / "run").exists()

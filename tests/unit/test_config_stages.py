@@ -81,9 +81,9 @@ RULES = [
     ("reward", ["batch_size=0"], "batch_size must be at least 1, got 0"),
     ("pretrain", ["data.seq_len=1"], "data.seq_len must be at least 2, got 1"),
     ("pretrain", ["run.keep_checkpoints=0"], "run.keep_checkpoints must be at least 1, got 0"),
-    ("evaluate", ["prompts=null"], "prompts, demonstrations, rankings or text must be given: there is nothing to evaluate on"),
+    ("evaluate", ["prompts=null"], "prompts, demonstrations, rankings, tasks, win_rate.against, win_rate.labels or text must be"),
     ("evaluate", ["prompts=null", "rankings=r", "reference.load=x"], "reference judges responses: it needs prompts"),
-    ("evaluate", ["prompts=null", "demonstrations=d", "reward.load=x"], "reward judges responses or rankings: it needs prompts or"),
+    ("evaluate", ["prompts=null", "demonstrations=d", "reward.load=x"], "reward judges responses or rankings: it needs prompts, "),
 ]
 
 

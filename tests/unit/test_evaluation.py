@@ -8,13 +8,18 @@ import math
 import pytest
 import torch
 
-from megarlhf.batch import Prompts, RankingBatch, Rollouts, TextBatch
+from megarlhf.batch import Prompts, RankingBatch, Rollouts, TextBatch, pad_rows
 from megarlhf.config.sections import HeldOutTextConfig, SamplingConfig
-from megarlhf.data.tokenized import PromptRow
-from megarlhf.evaluation.rankings import ranking_metrics
+from megarlhf.data.comparisons import Answer, AnswerRow, Label
+from megarlhf.data.task_rows import TaskRow
+from megarlhf.data.tasks import TaskRecord
+from megarlhf.data.tokenized import PromptRow, RankingRow
+from megarlhf.evaluation.intervals import interval_metrics, mean_interval
+from megarlhf.evaluation.rankings import accuracy_by_group, accuracy_by_prompt, ranking_metrics, ranking_records
 from megarlhf.evaluation.responses import Judged, ResponseJudge, response_lines, response_records
+from megarlhf.evaluation.tasks import answer_results, choice_results, contains, exact_match, f1, newline_ids, task_metrics
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
-from megarlhf.evaluation.win_rate import win_rate
+from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers, win_rate
 from megarlhf.parallel.seed import derive_seed
 
 
@@ -66,7 +71,8 @@ class Fixed:
 def test_rankings_are_counted_by_prompt_and_by_pair():
     ranks, prompt_index = torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 1, 1, 2, 2])  # the second prompt ties
     batch = RankingBatch(tokens=torch.zeros(7, 2).long(), lengths=torch.full((7,), 2), ranks=ranks, prompt_index=prompt_index)
-    metrics, scores = ranking_metrics(Table(1), batch), Table(1).scores(batch)
+    scores = Table(1).scores(batch)
+    metrics = ranking_metrics(scores, batch)
     losses, right = [], []
     for prompt in range(3):
         rows = (prompt_index == prompt).nonzero().flatten().tolist()
@@ -76,7 +82,7 @@ def test_rankings_are_counted_by_prompt_and_by_pair():
     assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
     assert len(right) == 4
     tied = dataclasses.replace(batch, ranks=torch.ones(7).long())
-    assert ranking_metrics(Table(1), tied) == {}
+    assert ranking_metrics(scores, tied) == {}
 
 
 def test_text_loss_is_the_mean_over_what_counts():
@@ -175,3 +181,168 @@ def test_win_rate_is_a_wilson_interval():
     assert other == pytest.approx((1 - rate, 1 - high, 1 - low))
     with pytest.raises(ValueError, match="at least one comparison"):
         win_rate([])
+
+
+# Rankings
+
+
+def test_accuracy_by_prompt_and_by_group_are_those_of_counting():
+    generator = torch.Generator().manual_seed(7)
+    rows = [
+        RankingRow([1], ((2,),) * len(ranks), ranks, f"f:{i}", group)
+        for i, (ranks, group) in enumerate([((1, 2), "x"), ((1, 2, 2, 3), "y"), ((2, 1, 1), "x"), ((3, 2, 1), 7), ((1, 1, 2), None)])
+    ]
+    scores = torch.randn(sum(len(row.ranks) for row in rows), generator=generator)
+    records = ranking_records(scores, rows)
+    left, shares, groups = scores.tolist(), [], {}
+    for row, record in zip(rows, records, strict=True):
+        mine, left = left[: len(row.ranks)], left[len(row.ranks) :]
+        right = [mine[i] > mine[j] for i, j in itertools.permutations(range(len(mine)), 2) if row.ranks[i] < row.ranks[j]]
+        shares.append(sum(right) / len(right))
+        groups.setdefault(row.group, []).extend(right)
+        assert (record["source"], record["group"], record["scores"]) == (row.source, row.group, mine)
+        assert (record["comparisons"], record["right"]) == (len(right), sum(right))
+    mean, low, high = mean_interval(shares)
+    assert mean == pytest.approx(sum(shares) / 5)
+    name = "valid/accuracy_by_prompt"
+    assert accuracy_by_prompt(records) == {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_count": 5.0}
+    accuracies = {group: sum(right) / len(right) for group, right in groups.items() if group is not None}
+    found = accuracy_by_group(records)
+    for group, accuracy in accuracies.items():
+        assert found.pop(f"valid/accuracy_of_group/{group}") == pytest.approx(accuracy)
+    of_groups = torch.tensor(list(accuracies.values()), dtype=torch.float64)
+    assert found == pytest.approx(
+        {"valid/accuracy_over_groups": float(of_groups.mean()), "valid/accuracy_over_groups_stderr": float(of_groups.std()) / math.sqrt(3)}
+    )
+    assert accuracy_by_group(records[-1:]) == {}
+    assert accuracy_by_group(records[1:2]).keys() == {"valid/accuracy_of_group/y", "valid/accuracy_over_groups"}
+
+
+# Tasks
+
+
+def query(number, *, choices=(), answers=("x",), metric="accuracy", prompt=(1, 2)):
+    record = TaskRecord({"id": number}, tuple(choices), tuple(answers), metric, None, f"f:{number}")
+    return TaskRow(list(prompt), tuple([ord(letter) - 96 for letter in choice] for choice in choices), 0, 0, record, 5)
+
+
+class ByPosition:
+    """log p of a token is minus its id over ten, plus its place times a hundredth; 0 where it is not asked for."""
+
+    def logprobs(self, batch, positions):
+        places = torch.arange(1, batch.tokens.shape[1])
+        return torch.where(positions, -batch.tokens[:, 1:] / 10 + places / 100, 0.0)
+
+
+def test_choices_are_scored_by_the_mean_of_their_own_tokens_and_by_the_sum():
+    rows = [
+        query(1, choices=("aaa", "b"), answers=("aaa",), prompt=(9, 9, 9)),
+        query(2, choices=("aaaa", "d", "a"), answers=("d",), prompt=(5,)),
+        query(3, choices=("cc", "c"), answers=("c",)),
+    ]
+    results = choice_results(ByPosition(), "t", rows, pad_id=0)
+    for row, result in zip(rows, results, strict=True):
+        sums = []
+        for choice in row.choice_ids:
+            sums.append(sum(-token / 10 + (len(row.prompt_ids) + i) / 100 for i, token in enumerate(choice)))
+        means = [total / len(choice) for total, choice in zip(sums, row.choice_ids, strict=True)]
+        assert result["logprobs"] == pytest.approx(sums, abs=1e-6) and result["logprobs_per_token"] == pytest.approx(means, abs=1e-6)
+        assert result["choice"] == means.index(max(means)) and result["choice_by_sum"] == sums.index(max(sums))
+        assert result["answer"] == row.record.num_right and result["accuracy"] == float(result["choice"] == result["answer"])
+        assert result["id"] == row.record.fields["id"] and result["source"] == row.record.source
+    assert [(r["choice"], r["choice_by_sum"], r["answer"]) for r in results] == [(0, 1, 0), (0, 2, 1), (0, 1, 1)]
+    metrics = task_metrics("t", results)
+    assert metrics["tasks/t/accuracy"] == pytest.approx(1 / 3) and metrics["tasks/t/accuracy_by_sum"] == pytest.approx(1 / 3)
+    assert (metrics["tasks/t/accuracy_low"], metrics["tasks/t/accuracy_high"]) == mean_interval([1, 0, 0])[1:]
+
+
+class Says:
+    """A generator that answers a prompt by its first token."""
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def generate(self, prompts, **how):
+        self.asked.append((prompts.num_rows, how))
+        answers = [[*map(ord, self.answers[int(row[0])])] for row in prompts.tokens]
+        starts = prompts.lengths.tolist()
+        rows = [[*row[:start].tolist(), *answer] for row, start, answer in zip(prompts.tokens, starts, answers, strict=True)]
+        tokens, lengths = pad_rows(rows, pad_id=0)
+        nothing = torch.zeros(len(rows), tokens.shape[1] - 1)
+        about = {"response_mask": nothing.bool(), "logprobs": nothing, "finished": torch.ones(len(rows)).bool()}
+        return Rollouts(tokens=tokens, lengths=lengths, prompt_lengths=prompts.lengths, **about)
+
+
+class Characters:
+    """An id is a character."""
+
+    vocab_size, pad_id = 128, 0
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_answers_are_cut_at_the_first_newline_and_judged_by_their_records_metric():
+    said = {1: " The Eiffel Tower.\nQ: more", 2: "\nno", 3: " in Paris, France", 4: "one two"}
+    rows = [
+        query(1, answers=("a tower", "Eiffel tower"), metric="exact_match", prompt=(1, 7)),
+        query(2, answers=("no",), metric="exact_match", prompt=(2,)),
+        query(3, answers=("Paris",), metric="contains", prompt=(3, 7, 7)),
+        query(4, answers=("two three four", "x"), metric="f1", prompt=(4,)),
+    ]
+    generator = Says(said)
+    results = answer_results(generator, "t", rows, Characters(), rows_at_once=3)
+    assert [r["response"] for r in results] == ["The Eiffel Tower.", "", "in Paris, France", "one two"]
+    assert [size for size, _ in generator.asked] == [3, 1]
+    assert all(how["temperature"] == 0 and how["max_new_tokens"] == 5 for _, how in generator.asked)
+    metrics = task_metrics("t", results)
+    means = {name: metrics[f"tasks/t/{name}"] for name in ("exact_match", "contains", "f1")}
+    assert means == pytest.approx({"exact_match": 0.5, "contains": 1.0, "f1": 0.4}) and len(metrics) == 12
+    assert metrics["tasks/t/exact_match_count"] == 2
+    assert newline_ids(Characters()) == [10]
+
+
+def test_words_of_answers():
+    assert exact_match("the  Answer, is: 4!", ["answer is 4"]) == 1 and exact_match("4", ["5", "4"]) == 1 and exact_match("45", ["4"]) == 0
+    assert contains("it was New York City.", ["new york"]) == 1 and contains("newest", ["new"]) == 0 and contains("x", ["the"]) == 0
+    assert contains("", ["x"]) == 0
+    assert f1("a b b c", ["b b d"]) == pytest.approx(2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3))  # "a" is an article
+    assert f1("x y", ["z", "y x"]) == 1 and f1("", ["x"]) == 0 and f1("the", ["a"]) == 1
+
+
+# Win rates
+
+
+def test_the_same_answers_are_scored_once_and_those_that_read_the_same_tie():
+    class Growing:
+        def scores(self, batch):
+            self.num_rows = batch.num_rows
+            return torch.arange(batch.num_rows).float()
+
+    engine = Growing()
+    rows = [AnswerRow([1], ids, None) for ids in ([2, 0], [3, 0], [2, 0], [2])]
+    assert answer_scores(engine, rows, pad_id=9) == [0.0, 1.0, 0.0, 2.0] and engine.num_rows == 3
+
+    def preferred(a, b, score_a, score_b):
+        one, other = (Answer("p", response, finished, 4, "f:1") for response, finished in (a, b))
+        record = comparison(one, other, score_a, score_b)
+        assert record["id"] == 4 and (record["response_a"], record["score_b"]) == (a[0], score_b)
+        return record["preference"]
+
+    x, y, cut = ("x", True), ("y", True), ("x", False)
+    assert [preferred(x, y, 1.0, 0.5), preferred(x, y, 0.5, 1.0), preferred(x, y, 1.0, 1.0)] == [1.0, 0.0, 0.5]
+    assert [preferred(x, x, 1.0, 0.5), preferred(x, cut, 1.0, 0.5)] == [0.5, 1.0]
+
+
+def test_sampled_answers_have_the_ids_of_their_prompts():
+    prompts = [PromptRow([1, 2], "f:1", {"id": "q"}), PromptRow([4], "f:2", {}), PromptRow([1, 1], "f:3", {"id": 0})]
+    answers = sampled_answers(prompts, Letters(), rollouts())
+    found = [(a.prompt, a.response, a.finished, a.id) for a in answers]
+    assert found == [("ab", "c", True, "q"), ("d", "efgh", False, None), ("aa", "", True, 0)]
+    assert [(a.prompt, a.id) for a in sampled_answers(prompts, Letters())] == [("ab", "q"), ("d", None), ("aa", 0)]
+
+
+def test_labels_of_one_prompt_are_one_comparison():
+    labels = [Label(("id", 1), 1.0, ""), Label(("id", 1), 0.5, ""), Label(("prompt", "1"), 0.0, ""), Label(("id", 1), 0.0, "")]
+    assert by_prompt(labels) == {("id", 1): 0.5, ("prompt", "1"): 0.0}
+    assert interval_metrics("w", []) == {}

@@ -14,6 +14,7 @@ SAMPLED = "limits.max_prompt_len 100 + sampling.max_new_tokens 7"
 IN_PPO = "limits.max_prompt_len 100 + generation.sampling.max_new_tokens 7"
 PACKED = "data.pretraining.seq_len 300"
 MODEL = {"load": "m"}
+PAIR = {"responses": "a", "against": "b"}
 SAMPLING = {"sampling": {"max_new_tokens": 7}}
 JUDGED = {"select_by": "reward", "reward": MODEL, "data": {"train": "d", "valid": "v"}, "run": {"dir": "x", "eval_every": 1}}
 
@@ -31,6 +32,13 @@ CASES = [
     ("generate", SAMPLING, {"model": [SAMPLED]}),
     ("evaluate", {"prompts": None, "rankings": "r", **SAMPLING}, {"model": [GIVEN], "reward": [GIVEN], "reference": []}),
     ("evaluate", {"prompts": None, "rankings": "r", "reward": MODEL, **SAMPLING}, {"model": [], "reward": [GIVEN], "reference": []}),
+    ("evaluate", {"prompts": None, "tasks": ["t"], **SAMPLING}, {"model": [GIVEN], "reward": [], "reference": []}),
+    ("evaluate", {"prompts": None, "win_rate": PAIR, **SAMPLING}, {"model": [GIVEN], "reward": [GIVEN], "reference": []}),
+    (
+        "evaluate",
+        {"reward": MODEL, "win_rate": {"against": "b"}, **SAMPLING},
+        {"model": [SAMPLED], "reward": [SAMPLED, GIVEN], "reference": [SAMPLED]},
+    ),
     (
         "evaluate",
         {"prompts": "p", "demonstrations": "d", "reference": MODEL, "text": {"valid_prefix": "v", "seq_len": 300}, **SAMPLING},
