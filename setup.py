@@ -23,15 +23,17 @@ setup(
         "numpy",
         "sentencepiece",
         "tokenizers",
+        "jinja2>=3.1.6",  # older ones have known ways out of the sandbox, and templates come with models
         "pyyaml",
         "tqdm",
         "safetensors",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
+        "parquet": ["pyarrow"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "transformers", "wandb"],
+        "test": ["pyarrow", "pytest", "pytest-xdist", "ruff", "tensorboard", "transformers", "wandb"],
     },
     entry_points={"console_scripts": ["megarlhf=megarlhf.cli:start"]},
 )
