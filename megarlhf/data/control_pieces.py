@@ -3,19 +3,34 @@
 A tokenizer's file decides which pieces match text, and many match too much: a user-defined symbol, an added token that is not
 marked special, a vocabulary entry that the model finds by itself. Here those of them that mean something to the program are
 taken out of what can match; their ids stay.
+
+A chat template writes control tokens too, and means them. It writes marks in their place: letters for private use, which no
+text of a record may hold, and which a second rewritten model takes for the control tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import tokenizers
 
 PIECES_FIELD = 1  # sentencepiece_model.proto: ModelProto.pieces
 LENGTH_DELIMITED = 2  # protobuf's wire type of messages and strings
 TYPE_IS_CONTROL = b"\x18\x03"  # SentencePiece.type = CONTROL, as protobuf writes it; of a field that comes twice the last counts
+
+CUT = "\U000f0000"  # stands for no token: what is before it and what is after it are encoded apart
+FIRST_MARK = ord(CUT) + 1
+LAST_MARK = 0xFFFFD  # of Unicode's plane 15, which is for private use
+
+
+def marks_of(ids: Iterable[int]) -> dict[int, str]:
+    """A letter of private use for each control token. ValueError for more than there are."""
+    ids = sorted(ids)
+    if len(ids) > LAST_MARK - FIRST_MARK:
+        raise ValueError(f"the tokenizer has {len(ids)} control tokens, more than there are marks for")
+    return {id_: chr(FIRST_MARK + i) for i, id_ in enumerate(ids)}
 
 
 def sentencepiece_without(model: bytes, ids: Collection[int]) -> bytes:
@@ -84,7 +99,8 @@ def huggingface_without(model: tokenizers.Tokenizer, ids: Collection[int]) -> to
     tree = json.loads(model.to_str())
     tree["post_processor"] = None  # it adds special tokens, which we never ask for
     tree["model"] |= {"dropout": None} if tree["model"].get("dropout") else {}  # it would encode one text differently on every rank
-    hidden = _hide(tree["model"], ids)
+    names = {id_: name for name, id_ in model.get_vocab(with_added_tokens=True).items()}
+    hidden = _rename(tree["model"], {id_: f"control {id_} {hashlib.sha256(names[id_].encode()).hexdigest()}" for id_ in ids})
     kept = []
     for token in tree["added_tokens"]:
         if token["id"] not in hidden:
@@ -95,11 +111,32 @@ def huggingface_without(model: tokenizers.Tokenizer, ids: Collection[int]) -> to
     return rewritten
 
 
-def _hide(model: dict, ids: Collection[int]) -> set[int]:
-    """Rename the entries `ids` of a model's vocabulary, in place; returns those that it had."""
+def huggingface_marked(model: tokenizers.Tokenizer, marks: Mapping[int, str]) -> tokenizers.Tokenizer:
+    """A tokenizer of the `tokenizers` package whose tokens are found in a text by their `marks` and not by their names.
+
+    With the mark in a token's place a text is cut, normalised and encoded as the original model does it with the name. CUT
+    parts the text like a token, and has an id of its own beyond the others.
+    """
+    tree = json.loads(model.to_str())
+    tree["post_processor"] = None
+    _rename(tree["model"], marks)
+    added = {token["id"]: token for token in tree["added_tokens"]}
+    for id_, mark in marks.items():
+        added[id_] = added.get(id_, _token(id_, mark)) | {"content": mark, "special": True}
+    cut = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    tree["added_tokens"] = [*(added[id_] for id_ in sorted(added)), _token(cut, CUT)]
+    return tokenizers.Tokenizer.from_str(json.dumps(tree))
+
+
+def _token(id_: int, content: str) -> dict:
+    return {"id": id_, "content": content, "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+def _rename(model: dict, new_names: Mapping[int, str]) -> set[int]:
+    """Rename entries of a model's vocabulary, by their ids and in place; returns the ids of those that it had."""
     vocab = model["vocab"]
     names = list(enumerate(name for name, _ in vocab)) if isinstance(vocab, list) else [(id_, name) for name, id_ in vocab.items()]
-    new_name = {name: f"control {id_} {hashlib.sha256(name.encode()).hexdigest()}" for id_, name in names if id_ in ids}
+    new_name = {name: new_names[id_] for id_, name in names if id_ in new_names}
     if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
         model["vocab"] = [[new_name.get(name, name), score] for name, score in vocab]
     else:
@@ -113,4 +150,4 @@ def _hide(model: dict, ids: Collection[int]) -> set[int]:
             for left, right in model["merges"]
             if new_name.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
         ]
-    return {id_ for id_, _ in names if id_ in ids}
+    return {id_ for id_, _ in names if id_ in new_names}

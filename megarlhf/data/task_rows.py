@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megarlhf.config.relations import task_name
-from megarlhf.data.records import BadRecord, OnBadRecord, RecordReport, sift
+from megarlhf.data.files import BadRecord
+from megarlhf.data.records import OnBadRecord, RecordReport, sift
 from megarlhf.data.tasks import Form, Task, TaskRecord
 from megarlhf.data.tokenized import TextEncoder, TokenIds
 from megarlhf.data.tokenizers import Tokenizer

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megarlhf.data.records import BadRecord, OnBadRecord, RecordReport, json_record, lines, sift, text_field
+from megarlhf.data.fields import text_field
+from megarlhf.data.files import BadRecord, json_record, lines
+from megarlhf.data.records import OnBadRecord, RecordReport, sift
 
 Metric = Literal["accuracy", "exact_match", "contains", "f1"]
 GENERATIVE_METRICS = tuple(name for name in get_args(Metric) if name != "accuracy")

@@ -2,7 +2,8 @@
 
 A prompt and its response are encoded apart, as generation sees them: the response starts at a token of its own. A
 response ends with EOS, and one that does not fit with its EOS is a bad record: training on a cut response would teach
-the model to stop, or to go on, where its author did not. What a tokenizer loses of the texts is counted.
+the model to stop, or to go on, where its author did not. A chat is written by the tokenizer's template (`data/chat.py`), which
+ends the assistant's turns with EOS. What a tokenizer loses of the texts is counted.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
-from megarlhf.data.records import (
-    BadRecord,
-    Demonstration,
-    OnBadRecord,
-    Prompt,
-    Ranking,
-    RecordReport,
-    require_one_rank_each,
-    sift,
-)
+from megarlhf.data.chat import Chat, Span
+from megarlhf.data.comparisons import chat_of
+from megarlhf.data.fields import Messages, require_one_rank_each
+from megarlhf.data.files import BadRecord
+from megarlhf.data.records import Demonstration, OnBadRecord, Prompt, Ranking, RecordReport, sift
 from megarlhf.data.tokenizers import Tokenizer, UnwritableText
 
 TokenIds = array  # array("i"): 4 bytes per token, where a list of Python integers takes 36
@@ -38,6 +35,8 @@ class DemonstrationRow:
     response_ids: TokenIds
     """EOS included."""
     source: str
+    earlier_answers: tuple[Span, ...] = ()
+    """Where the prompt holds answers of the assistant, [start, end) with their EOS, which are in the loss too."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
         responses = () if isinstance(row, PromptRow) else row.response_ids if isinstance(row, RankingRow) else (row.response_ids,)
         for ids in (row.prompt_ids, *responses):
             whole.update(f"{len(ids)} ".encode() + array("i", ids).tobytes())
-        whole.update(f"{row.ranks if isinstance(row, RankingRow) else ()}".encode())
+        more = row.ranks if isinstance(row, RankingRow) else row.earlier_answers if isinstance(row, DemonstrationRow) else ()
+        whole.update(f"{more}".encode())
     return whole.hexdigest()
 
 
@@ -100,6 +100,32 @@ class TextEncoder:
         ids, loss = encode_text(self.tokenizer, source, what, text)
         self.count(source, what, loss)
         return ids
+
+    def encode_prompt(self, source: str, prompt: str | Messages) -> list[int]:
+        """The ids of a prompt, up to where its answer begins. Raises BadRecord."""
+        if isinstance(prompt, str):
+            return self.encode(source, "prompt", prompt)
+        ids = self.chat.prompt_ids(source, prompt)
+        self._count_chat(source, prompt, ids)
+        return ids
+
+    def encode_chat(self, source: str, messages: Messages, *, first: int = 0) -> tuple[list[int], list[Span]]:
+        """The ids of a chat and the assistant's turns from message `first` on (see `Chat.conversation_ids`). Raises BadRecord."""
+        ids, spans = self.chat.conversation_ids(source, messages, first=first)
+        self._count_chat(source, messages[first:], ids)
+        return ids, spans
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's template. ValueError where it has none."""
+        return Chat(self.tokenizer)
+
+    def _count_chat(self, source: str, messages: Messages, ids: Sequence[int]) -> None:
+        """Count what is lost of the contents, but for whitespace: templates strip it, and tokens swallow it."""
+        back = "".join(self.tokenizer.decode(ids).split())
+        lacking = next((text for message in messages if (text := "".join(message.content.split())) not in back), None)
+        change = "" if lacking is None else f"{lacking[:40]!a} does not come back"
+        self.count(source, "chat", TextLoss(sum(i == self.tokenizer.unk_id for i in ids), change))
 
     def count(self, source: str, what: str, loss: TextLoss) -> None:
         """Count what was lost of a text that was encoded elsewhere."""
@@ -148,9 +174,14 @@ def demonstration_rows(
     """Encode demonstrations; `max_response_len` counts the EOS. Raises BadRecord."""
 
     def convert(record: Demonstration, encoder: TextEncoder) -> DemonstrationRow:
+        if not isinstance(record.prompt, str):
+            ids, [*earlier, (start, end)] = encoder.encode_chat(record.source, chat_of(record.prompt, record.response))
+            prompt_ids = _within(record.source, ids[:start], max_prompt_len)
+            response_ids = _response_within(record.source, "response", ids[start:end], max_response_len)
+            return DemonstrationRow(prompt_ids, response_ids, record.source, tuple(earlier))
         return DemonstrationRow(
             _prompt_ids(record, encoder, max_prompt_len),
-            _response_ids(record.source, "response", record.response, encoder, max_response_len),
+            _response_ids(record, "response", record.response, encoder, max_response_len),
             record.source,
         )
 
@@ -170,7 +201,7 @@ def ranking_rows(
     def convert(record: Ranking, encoder: TextEncoder) -> RankingRow:
         prompt_ids = _prompt_ids(record, encoder, max_prompt_len)
         response_ids = tuple(
-            _response_ids(record.source, f"response {i}", response, encoder, max_response_len)
+            _response_ids(record, f"response {i}", response, encoder, max_response_len)
             for i, response in enumerate(record.responses)
         )
         require_one_rank_each(record.source, map(tuple, response_ids), record.ranks)  # texts may differ where their tokens do not
@@ -202,10 +233,13 @@ def _rows(
 
 
 def _prompt_ids(record: Demonstration | Ranking | Prompt, encoder: TextEncoder, max_prompt_len: int) -> TokenIds:
-    ids = encoder.encode(record.source, "prompt", record.prompt)
+    return _within(record.source, encoder.encode_prompt(record.source, record.prompt), max_prompt_len)
+
+
+def _within(source: str, ids: list[int], max_prompt_len: int) -> TokenIds:
     if len(ids) > max_prompt_len:
         raise BadRecord(
-            record.source,
+            source,
             "prompt over limit",
             f"the prompt has {len(ids)} tokens, more than max_prompt_len {max_prompt_len}",
             "Shorten it, raise max_prompt_len, or skip such records.",
@@ -213,13 +247,21 @@ def _prompt_ids(record: Demonstration | Ranking | Prompt, encoder: TextEncoder, 
     return array("i", ids)
 
 
-def _response_ids(source: str, what: str, text: str, encoder: TextEncoder, max_response_len: int) -> TokenIds:
-    ids = encoder.encode(source, what, text)
-    if len(ids) + 1 > max_response_len:
+def _response_ids(record: Demonstration | Ranking, what: str, text: str, encoder: TextEncoder, max_response_len: int) -> TokenIds:
+    if isinstance(record.prompt, str):
+        ids = [*encoder.encode(record.source, what, text), encoder.tokenizer.eos_id]
+    else:
+        whole, [(start, end)] = encoder.encode_chat(record.source, chat_of(record.prompt, text), first=len(record.prompt))
+        ids = whole[start:end]
+    return _response_within(record.source, what, ids, max_response_len)
+
+
+def _response_within(source: str, what: str, ids: list[int], max_response_len: int) -> TokenIds:
+    if len(ids) > max_response_len:
         raise BadRecord(
             source,
             "response over limit",
-            f"{what} has {len(ids)} tokens + EOS, more than max_response_len {max_response_len}",
+            f"{what} has {len(ids) - 1} tokens + EOS, more than max_response_len {max_response_len}",
             "Shorten it, raise max_response_len, or skip such records.",
         )
-    return array("i", [*ids, encoder.tokenizer.eos_id])
+    return array("i", ids)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
 
-from megarlhf.data.control_pieces import huggingface_without, sentencepiece_without
+from megarlhf.data.control_pieces import CUT, huggingface_marked, huggingface_without, marks_of, sentencepiece_without
 from megarlhf.storage.files import read_json
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
@@ -49,6 +51,10 @@ class Tokenizer(Protocol):
     """Stands for text that the model has no piece for; None where it has one for every text, or drops what it has none for."""
     fingerprint: str
     """A hash of the model's files and of `eos_id` and `pad_id`: of all that decides how text is encoded."""
+    path: Path
+    """The file; a chat template is looked for beside it (`data/chat.py`)."""
+    controls: Mapping[str, int]
+    """The names and ids of the control tokens."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
@@ -56,6 +62,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text)."""
+        ...
+
+    def encode_marked(self, text: str) -> list[list[int]]:
+        """Token ids of a text in which `marks_of` stand for control tokens; a list for each part between CUTs. UnwritableText."""
         ...
 
 
@@ -106,10 +116,10 @@ class SentencePieceTokenizer:
         self.pad_id = _pad_or_other(pad_id, self.eos_id, controls, impossible)
         self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
         self._controls = controls | ({impossible} & {self.pad_id})
+        self.path, self.controls = path, {model.id_to_piece(i): i for i in sorted(controls)}
+        self._id_of_mark = {mark: i for i, mark in marks_of(controls).items()}
         rewritten = _read(path, lambda: sentencepiece_without(content, controls))
         self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
-
-    fingerprint = "x"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText."""
@@ -118,6 +128,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without the control tokens among them."""
         return self._model.decode([int(i) for i in ids if i not in self._controls])
+
+    def encode_marked(self, text: str) -> list[list[int]]:
+        """Token ids by parts of a marked text (see `Tokenizer`); what is between two marks is encoded like a text of its own."""
+        parts = []
+        for part in text.split(CUT):
+            pieces = re.split(f"([{''.join(self._id_of_mark)}])", part)
+            parts.append([i for piece in pieces for i in ([self._id_of_mark[piece]] if piece in self._id_of_mark else self.encode(piece))])
+        return parts
 
 
 class HuggingFaceTokenizer:
@@ -145,8 +163,9 @@ class HuggingFaceTokenizer:
         self.fingerprint = _fingerprint([file.read_bytes() for file in files], self.eos_id, self.pad_id)
         self._controls = controls | {self.eos_id} | ({impossible} & {self.pad_id})
         self._model = _read(path, lambda: huggingface_without(model, self._controls))
-
-    fingerprint = "x"
+        self.path, self._original = path, model
+        self.controls = {name: i for name, i in vocab.items() if i in controls | {self.eos_id}}
+        self._mark_of_id = marks_of(self.controls.values())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText."""
@@ -155,6 +174,24 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without the control tokens among them."""
         return self._model.decode([int(i) for i in ids if i not in self._controls], skip_special_tokens=False)
+
+    def encode_marked(self, text: str) -> list[list[int]]:
+        """Token ids by parts of a marked text (see `Tokenizer`), those of the model itself where names stand for the marks."""
+        ids = self._marked.encode(text, add_special_tokens=False).ids
+        if sum(i in self._controls for i in ids) != sum(letter in self._marked_letters for letter in text):
+            raise UnwritableText("the tokenizer does not give one control token for each that the chat template writes")
+        cut, parts = self._marked.token_to_id(CUT), [[]]
+        for i in ids:
+            parts.append([]) if i == cut else parts[-1].append(i)
+        return parts
+
+    @cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        return _read(self.path, lambda: huggingface_marked(self._original, self._mark_of_id))
+
+    @cached_property
+    def _marked_letters(self) -> frozenset[str]:
+        return frozenset(self._mark_of_id.values())
 
 
 def train_sentencepiece(texts: Iterable[str], model_prefix: str | Path, *, vocab_size: int, character_coverage: float = 0.9995) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megarlhf.batch import Rollouts, Rows, pad_rows
-from megarlhf.data.comparisons import Answer, AnswerRow, Key, Label
+from megarlhf.data.answers import Answer, AnswerRow, Key, Label
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from megarlhf.config.relations import task_name
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig, TokenizerConfig
-from megarlhf.data.comparisons import Answer, AnswerRow, Label, answer_rows, answers_fingerprint, paired, read_answers, read_labels
+from megarlhf.data.answers import Answer, AnswerRow, Label, answer_rows, answers_fingerprint, paired, read_answers, read_labels
 from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.records import RecordReport, read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megarlhf.config.stages import EvaluateConfig
+from megarlhf.data.answers import AnswerRow, Label
 from megarlhf.data.collation import prompt_batch, ranking_batch, text_batch
-from megarlhf.data.comparisons import AnswerRow, Label
 from megarlhf.data.task_rows import TaskRow
 from megarlhf.data.tokenized import DemonstrationRow, PromptRow, RankingRow
 from megarlhf.data.tokenizers import Tokenizer

@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from megarlhf.data.collation import ranking_batch
-from megarlhf.data.records import BadRecord, Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
+from megarlhf.data.files import BadRecord
+from megarlhf.data.records import Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows, rows_fingerprint
 from megarlhf.data.tokenizers import UnwritableText
 

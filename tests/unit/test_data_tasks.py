@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megarlhf.config.sections import LimitsConfig
-from megarlhf.data.records import BadRecord
+from megarlhf.data.files import BadRecord
 from megarlhf.data.task_rows import task_fingerprint, task_rows
 from megarlhf.data.tasks import read_task
 from megarlhf.runs.records import Records

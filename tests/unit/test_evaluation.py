@@ -10,7 +10,7 @@ import torch
 
 from megarlhf.batch import Prompts, RankingBatch, Rollouts, TextBatch, pad_rows
 from megarlhf.config.sections import HeldOutTextConfig, SamplingConfig
-from megarlhf.data.comparisons import Answer, AnswerRow, Label
+from megarlhf.data.answers import Answer, AnswerRow, Label
 from megarlhf.data.task_rows import TaskRow
 from megarlhf.data.tasks import TaskRecord
 from megarlhf.data.tokenized import PromptRow, RankingRow

@@ -3,8 +3,8 @@
 import pytest
 
 from megarlhf.config.sections import LimitsConfig
-from megarlhf.data.comparisons import Answer, answer_rows, answers_fingerprint, paired, read_answers, read_labels
-from megarlhf.data.records import BadRecord
+from megarlhf.data.answers import Answer, answer_rows, answers_fingerprint, paired, read_answers, read_labels
+from megarlhf.data.files import BadRecord
 from megarlhf.runs.records import Records
 from tests.unit.test_data_tasks import Letters, write
 
