@@ -168,7 +168,8 @@ def test_text_files_name_their_encoding():
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
             binary = any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) and "b" in arg.value for arg in node.args[:2])
-            if name in TEXT_METHODS and owner not in ("os", "gzip") and not binary and not any(word.arg == "encoding" for word in node.keywords):
+            named = any(word.arg == "encoding" for word in node.keywords)
+            if name in TEXT_METHODS and owner not in ("os", "gzip") and not binary and not named:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong, "\n".join(wrong)
 
