@@ -83,7 +83,7 @@ def test_metrics_are_those_of_counting_the_records(questions, on_one_rank):
     metrics = json.loads((on_one_rank / "evaluation.json").read_text())
     tasks, comparisons = lines_of(on_one_rank / "tasks.jsonl"), lines_of(on_one_rank / "comparisons.jsonl")
     quiz = [record for record in tasks if record["task"] == "quiz"]
-    assert [record["id"] for record in quiz] == [f"q{i}" for i in range(20)] and {record["shots"] for record in quiz} == {1}
+    assert [record["id"] for record in quiz] == [f"q{i}" for i in range(20)] and {record["shots"] for record in quiz} == {0, 1}
     right = [record["logprobs_per_token"].index(max(record["logprobs_per_token"])) == record["answer"] for record in quiz]
     mean, low, high = mean_interval(right)
     assert [metrics[f"tasks/quiz/accuracy{end}"] for end in ("", "_low", "_high", "_count")] == [mean, low, high, 20]
@@ -112,8 +112,7 @@ def check_scores_slowly(folder, runs, overrides):
             whole = torch.tensor([[*row.prompt_ids, *ids]])
             logprobs = model.logprobs(Rows(tokens=whole, lengths=torch.tensor([whole.shape[1]])), torch.ones(1, whole.shape[1] - 1).bool())
             assert math.isclose(float(logprobs[0, -len(ids) :].sum()), found, abs_tol=1e-4)
-    stops = newline_ids(tokenizer)
-    assert len(stops) >= 1
+    stops = list(range(30, 90))
     free, bound = (generator_of(model, tokenizer, stop_ids=ids) for ids in ((), stops))
     prompts = torch.arange(40, 52).view(4, 3)
     batch = Prompts(tokens=prompts, lengths=torch.tensor([3, 2, 3, 1]), ids=torch.arange(4))
@@ -126,7 +125,7 @@ def check_scores_slowly(folder, runs, overrides):
         assert other.tokens[i, start : other.lengths[i]].tolist() == ids[: first + 1]
         assert bool(other.finished[i]) == (ids[first] == tokenizer.eos_id)
         cut += first < len(ids) - 1
-    assert cut, "no response had a newline"
+    assert cut, "no response had a stop id"
     return metrics
 
 
@@ -149,7 +148,9 @@ def test_own_answers_against_a_file_and_a_reward_model_alone(recipe, questions, 
     ranks1.run(check_own_answers, recipe, tmp_path, questions)
     same = json.loads((tmp_path / "same" / "evaluation.json").read_text())
     assert same["win_rate/by_reward"] == 0.5 and same["win_rate/by_reward_count"] == 6
-    assert lines_of(tmp_path / "judge" / "comparisons.jsonl") == lines_of(on_one_rank / "comparisons.jsonl")
+    for record, expected in zip(*(lines_of(run / "comparisons.jsonl") for run in (tmp_path / "judge", on_one_rank)), strict=True):
+        scores = {name: pytest.approx(expected[name], abs=1e-5) for name in ("score_a", "score_b")}  # of other micro-batches
+        assert record == expected | scores
 
 
 def test_recipes_tokenizer_has_newlines(recipe):

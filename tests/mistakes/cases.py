@@ -377,7 +377,7 @@ DOUBTS = [
     ("sft", "data.valid={recipe}/demonstrations.jsonl", "data.valid is data.train"),
     ("reward", "", "model.architecture starts from random weights; the paper loads a trained model here"),
     ("generate", "sampling.temperature=0 sampling.top_k=5", "sampling.top_k has no effect with temperature 0"),
-    ("evaluate", "win_rate={responses: {recipe}/a, against: {recipe}/a}", "win_rate.against is responses, {recipe}/a: a model ties with itself"),
+    ("evaluate", "win_rate={responses: {recipe}/prompts.jsonl, against: {recipe}/prompts.jsonl}", "win_rate.against is responses, {recipe}/prompts.jsonl: a model ties with itself"),
 ]
 
 DAMAGED_RUNS = [
