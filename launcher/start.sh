@@ -17,8 +17,8 @@
 #   NODE_RANK      this node's number, 0 .. NNODES - 1; needed with several nodes. Under srun the step's
 #   MASTER_ADDR    address of node 0; needed with several nodes
 #   MASTER_PORT    a free port of node 0; 29500 when not set
-#   GPUS_PER_NODE  ranks of each node; when not set, as many as CUDA_VISIBLE_DEVICES or nvidia-smi list. Without GPUs the
-#                  program runs on the CPU with that many ranks
+#   GPUS_PER_NODE  ranks of each node; when not set, as many as CUDA_VISIBLE_DEVICES, Slurm or nvidia-smi name. Without
+#                  GPUs the program runs on the CPU with that many ranks
 # Those that the function `settings` below sets, each with its reason, stay as they are where they are set already.
 #
 # Exit status: the program's (0 done, 75 stopped by a signal with everything saved: start it again); torchrun has 1 for both 75
@@ -75,6 +75,8 @@ count_gpus() { # sets GPUS_PER_NODE, where it is not, to the number of GPUs that
   if [ -n "${GPUS_PER_NODE:-}" ]; then return; fi
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
     GPUS_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+  elif [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+    GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
   elif command -v nvidia-smi >/dev/null; then
     GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || GPUS_PER_NODE=
   fi

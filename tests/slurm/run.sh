@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Runs launcher/slurm/many_nodes.sbatch on a real Slurm: a tiny reward model on two nodes of two ranks, over gloo. Once to its end,
-# and once stopped by SIGUSR1, requeued by itself and gone on to its end.
+# once stopped by SIGUSR1, requeued by itself and gone on to its end, once with a wrong key, which must not be requeued; and once
+# with one task per node, each of which starts torchrun.
 #
 #   bash tests/slurm/run.sh [FOLDER]    logs and the run's files go there; a temporary folder, removed if all is well, when left out
 #
-# Needs Slurm and munge (Debian: slurm-wlm, munge; at least 21.08) and MEGARLHF_PYTHON or the .venv of tests/run.sh. Starts a controller and two
-# nodes on this machine as the present user, on ports 17000 to 17002, and stops them at the end. Exit status 77: no Slurm here.
+# Needs Slurm and munge (Debian: slurm-wlm, munge; at least 21.08) and MEGARLHF_PYTHON or the .venv of tests/run.sh. Starts a
+# controller and two nodes on this machine as the present user, on ports 17000 to 17002, and stops them at the end. Exit status 77:
+# no Slurm here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 for program in munged slurmctld slurmd sbatch srun scontrol; do
@@ -67,8 +69,6 @@ start_cluster() {
 
 both_idle() { [ "$(sinfo --noheader --format=%t%D)" = idle2 ]; }
 
-state_is() { scontrol --oneliner show job "$1" | grep -q "JobState=$2 "; }
-
 field() { scontrol --oneliner show job "$1" | tr ' ' '\n' | sed -n "s/^$2=//p"; }
 
 num_steps() { # num_steps RUN: how many steps a run has logged
@@ -77,17 +77,23 @@ num_steps() { # num_steps RUN: how many steps a run has logged
 
 has_steps() { [ "$(num_steps "$1")" -ge "$2" ]; }
 
-submit() { # submit RUN EPOCHS: prints the job's number
-  CONFIG=$folder/data/reward.yaml PYTHON=$python OMP_NUM_THREADS=1 sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 \
-    --gpus-per-node=2 --output="$folder/$1.log" launcher/slurm/many_nodes.sbatch launcher/reward_175b.sh \
-    "run.dir=$folder/runs/$1" "epochs=$2" run.threads=1 run.timeout_minutes=2 parallel.tp=2
+words() { # words RUN EPOCHS: what every run is started with
+  echo "launcher/reward_175b.sh run.dir=$folder/runs/$1 epochs=$2 run.threads=1 run.timeout_minutes=2 parallel.tp=2"
 }
 
-ends_well() { # ends_well JOB RUN: wait for the end of a job
-  wait_for 240 "the end of $2" sh -c "scontrol --oneliner show job $1 | grep -Eq 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT) '"
-  state_is "$1" COMPLETED && [ "$(field "$1" ExitCode)" = 0:0 ] && return
-  echo "tests/slurm: FAILED: $2 is $(field "$1" JobState), exit code $(field "$1" ExitCode)"
-  tail -n 40 "$folder/$2.log"
+submit() { # submit RUN EPOCHS [WORD...]: prints the job's number
+  read -ra words <<<"$(words "$1" "$2")"
+  sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=2 --output="$folder/$1.log" \
+    launcher/slurm/many_nodes.sbatch "${words[@]}" "${@:3}"
+}
+
+ends() { # ends STATE EXITCODE RESTARTS JOB RUN: wait for the end of a job, which must be this one
+  local found
+  wait_for 240 "the end of $5" sh -c "scontrol --oneliner show job $4 | grep -Eq 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT) '"
+  found="$(field "$4" JobState) $(field "$4" ExitCode) $(field "$4" Restarts)"
+  [ "$found" = "$1 $2 $3" ] && return
+  echo "tests/slurm: FAILED: $5 ended as $found, and not as $1 $2 $3"
+  tail -n 40 "$folder/$5.log"
   exit 1
 }
 
@@ -96,21 +102,32 @@ ends_well() { # ends_well JOB RUN: wait for the end of a job
 start_cluster
 echo "tests/slurm: $(slurmctld -V): two nodes are up"
 
+export CONFIG=$folder/data/reward.yaml PYTHON=$python OMP_NUM_THREADS=1
+
 job=$(submit whole 1)
-ends_well "$job" whole
+ends COMPLETED 0:0 0 "$job" whole
 echo "tests/slurm: to the end: passed, $(num_steps whole) steps"
+
+job=$(submit wrong 1 run.sed=3)
+ends FAILED 2:0 0 "$job" wrong
+[ "$(grep -c "run.sed: unknown key" "$folder/wrong.log")" = 1 ]
+echo "tests/slurm: a wrong key ends the job: passed"
+
+job=$(sbatch --parsable --nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=2 --output="$folder/torchrun.log" \
+  --wrap="MASTER_ADDR=127.0.0.1 MASTER_PORT=29517 srun bash $(words torchrun 1)")
+ends COMPLETED 0:0 0 "$job" torchrun
+same="import json, sys; a, b = ([json.loads(line)['reward/loss'] for line in open(f)] for f in sys.argv[1:]); sys.exit(a != b)"
+"$python" -c "$same" "$folder/runs/whole/metrics.jsonl" "$folder/runs/torchrun/metrics.jsonl"
+echo "tests/slurm: one torchrun per node: passed, the same losses"
 
 job=$(submit requeued 40)
 wait_for 120 "the first steps" has_steps requeued 5
 scancel --signal=USR1 "$job" # to the ranks and not to the batch script, as --signal=USR1@SECONDS does
 wait_for 120 "the job in the queue again" sh -c "scontrol --oneliner show job $job | grep -q ' Restarts=1 '"
 before=$(num_steps requeued)
-ends_well "$job" requeued
-grep -q "it goes into the queue again" "$folder/requeued.log"
+ends COMPLETED 0:0 1 "$job" requeued
 after=$(num_steps requeued)
-if [ "$(field "$job" Restarts)" != 1 ] || [ "$before" -ge "$after" ]; then
-  echo "tests/slurm: FAILED: $before steps before, $after after, $(field "$job" Restarts) restarts"
-  exit 1
-fi
+grep -q "it goes into the queue again" "$folder/requeued.log"
+[ "$before" -lt "$after" ]
 echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
 good=yes

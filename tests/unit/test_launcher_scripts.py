@@ -96,6 +96,8 @@ def test_one_task_per_node_starts_torchrun_there():
     status, shown, said = run(ROOT / "launcher/ppo_175b.sh", "--dry-run", environment=per_node)
     assert (status, said) == (0, "")
     assert shlex.join(command_of(shown)[3:11]) == "--nproc_per_node 4 --nnodes 16 --node_rank 9 --master_addr node0"
+    of_slurm = per_node | {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "6"}
+    assert command_of(run(ROOT / "launcher/ppo_175b.sh", "--dry-run", environment=of_slurm)[1])[3:5] == ["--nproc_per_node", "6"]
     status, shown, _ = run(ROOT / "launcher/ppo_175b.sh", "--dry-run", environment=per_node | {"GPUS_PER_NODE": "1"})
     assert status == 0 and command_of(shown)[1:4] == ["-m", "megarlhf", "ppo"], "with one GPU per node the task is the rank"
 
