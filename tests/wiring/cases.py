@@ -94,7 +94,7 @@ SFT = [
     Case("select_by=valid_loss", "best/step files cursors/best", base="batch_size=8 run.eval_every=1"),
     Case(f"select_by=reward reward.load={R}/runs/reward", "best/step files cursors/best metrics/valid/reward_mean",
          may="said/reward sources/reward/* engine/reward/* metrics/valid/* samples/* passes/* answers/*", base="batch_size=8 run.eval_every=1"),
-    refused("reward=null", "select_by reward needs reward", base="select_by=reward run.eval_every=1"),
+    refused("reward=null", "select_by reward needs reward", base=f"select_by=reward run.eval_every=1 reward={{load: {R}/runs/reward}}"),
     *frozen_cases("reward", other="reward2", moved="metrics/valid/reward_mean samples/reward cursors/best", base=JUDGED, average=False),
     *sampling_cases("sampling", sampled="samples/response", base=""),
 ]  # fmt: skip
@@ -215,7 +215,8 @@ def answering_run_cases(command, *, sampled):
 GENERATE = [
     *answering_run_cases("generate", sampled="responses/response"),
     *tokenizer_cases(loads="model"),
-    *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*"),
+    *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*", passes=False),
+    Case("model.micro_batch_size=2", "said/megarlhf_generate"),
     Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts", may="* inputs/* said/*"),
     *limits_cases(responses=False, file="prompts"),
     Case("limits.max_response_len=30", "said/megarlhf_generate"),

@@ -1,5 +1,6 @@
 """The keys of every command, and those that no case changes, each with its reason."""
 
+import functools
 from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
 
@@ -21,6 +22,7 @@ WITHOUT_CASE = {
 }
 
 
+@functools.cache
 def keys(command):
     """The keys of a command that hold a value, and the sections that may be null."""
     found = []

@@ -26,8 +26,8 @@ MORE = {
     "sft": ["select_by=reward", "run.eval_every=1"],
     "reward": ["model.architecture=null"],
     "ppo": ["limits.max_prompt_len=15"],
-    "generate": [],
-    "evaluate": [],
+    "generate": ["sampling.max_new_tokens=1"],
+    "evaluate": ["sampling.max_new_tokens=1", "text=null", "demonstrations=null"],
 }
 PLAIN = {"tp: 2": "tp2 pp1 dp1", "pp: 2": "tp1 pp2 dp1"}
 """What a generator can have."""

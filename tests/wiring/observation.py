@@ -235,5 +235,5 @@ def is_rounding(one, other, tolerance=1e-3):
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(is_rounding, one, other))
     if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= tolerance * (1 + abs(one))
+        return abs(one - other) <= tolerance * max(abs(one), 0.01)
     return one == other

@@ -48,7 +48,8 @@ def run_cases(command, *, three, seed, seed_may="", evaluated="metrics/valid/*",
         Case("run.save_minutes=0", "files", base=often),
         Case("run.keep_checkpoints=1", "files", base=joined(three, "run.save_every=1")),
         Case("run.resume=newest_good", "exit refused", may="* files stdout said/*  models/* sources/* fingerprints/* engine/* process/* "
-             "metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective", base=often, prepare="a damaged newest"),
+             "metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective",
+             base=joined(three, "run.keep_checkpoints=9 run.save_every=1"), exact={"exit": 0}, prepare="a damaged newest"),
         Case("run.max_skipped_steps=1", "refused", may="metrics/* metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective *",
              base=joined(three, f"{peak}=1.0e+38"), says="not finite in the last 1 steps"),
         Case("run.eval_every=1", evaluated, may="samples/* passes/* answers/*", base=three),
@@ -123,6 +124,9 @@ def trained_cases(key, role, *, moved, after="", base="", extra=(), sizes=SIZES,
         *cases,
         Case(f"{key}.architecture.preset=gpt3-125m {key}.architecture.num_layers=null", f"models/{role}/architecture/num_layers",
              may=f"{mine} said/*", base=plain, exact={f"models/{role}/architecture/num_layers": 12}),
+        Case(f"{key}.architecture={_yaml({**sizes, 'num_layers': 3})} {key}.load=null", f"models/{role}/architecture/num_layers",
+             may=f"{mine} sources/* said/*", base=joined(base, f"{key}.architecture=null", f"{key}.load={{recipe}}/runs/base"),
+             exact={f"models/{role}/architecture/num_layers": 3}),
         Case(f"{key}.architecture.init_std=0.1", f"engine/{named}/initial", may=mine, base=plain),
         *adam_cases(key, role, after=after),
         Case(f"{key}.recompute=selective", f"engine/{named}/recompute", exact={f"engine/{named}/recompute": "selective"}, base=base),
@@ -136,7 +140,7 @@ def role_in_notes(key):
     return key.rpartition(".")[2]
 
 
-def computed_cases(key, role, *, moved, base="", passes=True):
+def computed_cases(key, role, *, moved, base=""):
     """How a model is computed, trained or frozen."""
     named = role_in_notes(key)
     return [
@@ -163,13 +167,13 @@ def loaded_cases(key, *, other, moved, base="", average=True, role=None):
     return cases
 
 
-def frozen_cases(key, *, other, moved, base="", average=True):
-    """A model that is never trained."""
+def frozen_cases(key, *, other, moved, base="", average=True, passes=True):
+    """A model that is never trained. passes: whether it is used for more than sampling."""
     given = {name: value for name, value in SIZES.items() if name != "init_std"}
     return [
         *loaded_cases(key, other=other, moved=moved, base=base, average=average),
         refused(f"{key}.architecture={_yaml(given)} {key}.load=null", f"{key}.architecture would give random weights", base=base),
-        *computed_cases(key, role_in_notes(key), moved=moved, base=base),
+        *computed_cases(key, role_in_notes(key), moved=moved, base=base)[: 2 if passes else 1],
     ]
 
 

@@ -90,9 +90,9 @@ PREPARED = {"a damaged newest": end_with_damage}
 """What is done with a run's folder before it is observed, with the base's command line."""
 
 
-def checked(observed, command, case):
+def checked(observed, command, case, *, anew=False):
     """The faults of a case."""
-    before = observed(command, case.base, prepare=case.prepare)
+    before = observed(command, case.base, prepare=case.prepare, anew=anew)
     return faults(case, before, observed(command, case.base, case.change, prepare=case.prepare, anew=True))
 
 
@@ -165,7 +165,7 @@ def test_a_value_model_with_the_policys_rate_is_seen(observed):
 
     right = ProximalPolicyOptimization.learning_rate
     with mock.patch.object(ProximalPolicyOptimization, "learning_rate", wrong):
-        assert "steps/value/rate does not change" in checked(observed, "ppo", case_of("ppo", "value.adam.learning_rate=0.01"))
+        assert "steps/value/rate does not change" in checked(observed, "ppo", case_of("ppo", "value.adam.learning_rate=0.01"), anew=True)
 
 
 def test_a_demonstration_less_where_text_is_mixed_in_is_seen(observed):
