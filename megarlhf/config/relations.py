@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
-from megarlhf.config.sections import ModelConfig, ScheduleConfig
+from megarlhf.config.fields import default_of
+from megarlhf.config.sections import LimitsConfig, ModelConfig, RunConfig, ScheduleConfig
+
+OF_STEPS = ("save_every", "save_minutes", "keep_checkpoints", "resume", "max_skipped_steps", "eval_every", "sinks", "wandb_mode")
+"""Keys of `run` that say how a run of steps goes."""
 
 
 def warmup_violations(schedule: ScheduleConfig, total_steps: int) -> list[str]:
@@ -53,3 +59,24 @@ def fresh_doubts(**models: ModelConfig) -> list[str]:
     """Random weights where the paper starts from a trained model."""
     fresh = [role for role, model in models.items() if model.load is None]
     return [f"{role}.architecture starts from random weights; the paper loads a trained model here" for role in fresh]
+
+
+def stepless_doubts(run: RunConfig, command: str) -> list[str]:
+    """Keys that only runs of steps read, given to a command that takes none."""
+    return _idle_doubts("run", run, OF_STEPS, f"{command} takes no steps")
+
+
+def response_limit_doubts(limits: LimitsConfig, sampling: str) -> list[str]:
+    """A limit for responses of files, given to a command that reads prompts only and samples as `sampling` says."""
+    return _idle_doubts("limits", limits, ("max_response_len",), f"the files here hold no responses; {sampling}.max_new_tokens limits sampled ones")
+
+
+def micro_batch_doubts(path: str, model: ModelConfig) -> list[str]:
+    """The rows of a forward pass, given to a model that only generates."""
+    return _idle_doubts(path, model, ("micro_batch_size",), "sampling.max_batch_size says how many rows are sampled at a time")
+
+
+def _idle_doubts(path: str, section: Any, names: Sequence[str], why: str) -> list[str]:
+    """A sentence for each key that nothing reads here and that is not its default."""
+    idle = [field.name for field in fields(section) if field.name in names and getattr(section, field.name) != default_of(field, MISSING)]
+    return [f"{path}.{name} has no effect: {why}" for name in idle]

@@ -11,7 +11,16 @@ from typing import Annotated, Literal
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import show
 from megarlhf.config.loader import build_config
-from megarlhf.config.relations import fresh_doubts, same_file_doubts, task_violations, warmup_doubts, warmup_violations
+from megarlhf.config.relations import (
+    fresh_doubts,
+    micro_batch_doubts,
+    response_limit_doubts,
+    same_file_doubts,
+    stepless_doubts,
+    task_violations,
+    warmup_doubts,
+    warmup_violations,
+)
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
@@ -304,7 +313,7 @@ class PpoConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
-        found += fresh_doubts(policy=self.policy, value=self.value)
+        found += fresh_doubts(policy=self.policy, value=self.value) + response_limit_doubts(self.limits, "generation.sampling")
         if self.policy.load != self.reference.load and self.policy.load is not None:
             found.append(f"reference.load {self.reference.load} is not what the policy starts from, policy.load {self.policy.load}")
         sampling = self.generation.sampling
@@ -324,6 +333,11 @@ class GenerateConfig(StageConfig):
     """Prompt lengths and bad records."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are sampled."""
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        found = stepless_doubts(self.run, "generate") + response_limit_doubts(self.limits, "sampling")
+        return found + micro_batch_doubts("model", self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +382,10 @@ class EvaluateConfig(StageConfig):
         if against and self.win_rate.responses is None and self.prompts is None:
             found.append("win_rate.against holds B's answers: win_rate.responses must name A's, or prompts what the model answers")
         return found
+
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        return stepless_doubts(self.run, "evaluate")
 
 
 COMMANDS: dict[str, type[StageConfig]] = {

@@ -35,8 +35,8 @@ from typing import Any, TextIO
 
 START_SECONDS = 300.0  # for a process to import torch, on a machine that is busy
 DEFAULT_TIMEOUT = 180.0  # for one check; its first run in a process includes importing what it uses
-STACK_SECONDS = 3.0  # for hung ranks to write their stacks
-OTHERS_SECONDS = 3.0  # for the other ranks to report, after one has failed
+OTHERS_SECONDS = 3.0  # for the other ranks to report, after one has failed; those that do not are said to be running
+LAST_FRAME = "in <module>\n"  # a dump ends with the main thread's outermost frame
 
 
 class RanksFailed(Exception):
@@ -90,7 +90,7 @@ class RankProcesses:
             job = pickle.dumps((world_size, f"{self._folder.name}/rendezvous{self._runs}", timeout, call))
             for pipe in self._pipes[:world_size]:
                 pipe.send_bytes(job)
-            answers, failures = self._gather(world_size, timeout + STACK_SECONDS)
+            answers, failures = self._gather(world_size, timeout)
             if len(answers) < world_size:
                 name = f"{check.__module__}.{check.__qualname__}"
                 raise RanksFailed(f"{name} on {world_size} ranks\n{self._report(failures, answers, world_size, timeout)}")
@@ -127,7 +127,7 @@ class RankProcesses:
                 try:
                     succeeded, payload = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionError):
-                    self._processes[rank].join(OTHERS_SECONDS)
+                    self._processes[rank].join()
                     succeeded, payload = False, f"the process ended with exit code {self._processes[rank].exitcode}\n"
                 if succeeded:
                     answers[rank] = payload
@@ -143,8 +143,15 @@ class RankProcesses:
             if failures:
                 parts.append(f"-- rank {rank} was still running {OTHERS_SECONDS:g} s after the first failure, and was ended\n")
             else:
-                parts.append(f"-- rank {rank} did not return within {timeout:g} s:\n{self._stack_file(rank).read_text()}")
+                parts.append(f"-- rank {rank} did not return within {timeout:g} s:\n{self._stack(rank)}")
         return "".join(parts)
+
+    def _stack(self, rank: int) -> str:
+        """The stack that a hung rank's watchdog writes when its time is over, once it is there as a whole."""
+        deadline = time.monotonic() + START_SECONDS
+        while not (text := self._stack_file(rank).read_text()).endswith(LAST_FRAME) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return text
 
     def _stack_file(self, rank: int) -> Path:
         return Path(self._folder.name) / f"stack{rank}"
@@ -192,7 +199,9 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT="29500")
     check, args = pickle.loads(call)
     patience = datetime.timedelta(seconds=timeout + 60)  # a hang is ours to report, not gloo's
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=patience)
+    store = dist.FileStore(rendezvous, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
+    _await_all(store, rank, world_size)
     torch.manual_seed(0)
     result = pickle.dumps(check(*args))
     if dist.is_initialized():  # not where the check itself left its world
@@ -201,6 +210,12 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
     gc.collect()  # models are cycles, and hold process groups with their threads
     faulthandler.cancel_dump_traceback_later()
     return result
+
+
+def _await_all(store: Any, rank: int, world_size: int) -> None:
+    """Return when every rank is connected: one whose check leaves its world sooner would break off the others' connecting."""
+    store.set(f"joined/{rank}", "")
+    store.wait([f"joined/{other}" for other in range(world_size)])
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,14 @@ LIMITS = {"max_prompt_len": 16, "max_response_len": 20}
 
 def make_recipe(folder: Path) -> Path:
     """Write the data and a YAML file for each stage; the stages' runs go to folder/runs."""
+    make_data(folder)
+    for name, config in configurations(folder).items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def make_data(folder: Path) -> None:
+    """Write a tokenizer, two corpora, and demonstrations, prompts and rankings, each for training and for validation."""
     texts = [topics[name] for name in sorted(topics)]
     train_sentencepiece([text[:2000] for text in texts], folder / "tokenizer", vocab_size=400)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
@@ -42,9 +50,6 @@ def make_recipe(folder: Path) -> Path:
     ranked.append({"prompt": "pair?\n", "chosen": "yes, it is", "rejected": "no"})
     write_lines(folder / "rankings.jsonl", ranked)
     write_lines(folder / "rankings_valid.jsonl", ranked[14:])
-    for name, config in configurations(folder).items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 def configurations(folder: Path) -> dict[str, dict]:

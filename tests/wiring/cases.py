@@ -1,0 +1,250 @@
+"""Every key of every command: what it is set to, and what that changes. Names of observations are in `observation`."""
+
+from tests.wiring.case import Case
+from tests.wiring.sections import (
+    frozen_cases,
+    limits_cases,
+    loaded_cases,
+    process_cases,
+    refused,
+    run_cases,
+    sampling_cases,
+    schedule_cases,
+    tokenizer_cases,
+    trained_cases,
+)
+
+R = "{recipe}"
+
+
+def pretraining_data_cases(key, *, text, base="", then="", text_gone=""):
+    """Text that is trained on and text that is held out. text: the term's name; then: what follows from other training."""
+    tokens, held_out = f"steps/{text}/tokens", "metrics/valid/text_loss"
+    notes = f"said/{R}/corpus said/{R}/heldout cursors/text/*"
+    trains = f"* fingerprints/* {notes} {then}"
+    return [
+        Case(f"{key}.prefix={R}/heldout {key}.valid_prefix=null", f"{tokens} fingerprints/{key}.prefix", may=trains, base=base),
+        Case(f"{key}.valid_prefix={R}/corpus {key}.prefix={R}/heldout", f"{held_out} fingerprints/{key}.valid_prefix", may=trains, base=base),
+        Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*", base=base),
+        Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains, base=base),
+        Case(f"{key}.valid_rows=2", held_out, may="passes/*", base=base),
+    ]
+
+
+# pretrain
+
+THREE_STEPS = {"pretrain": "steps=3", "sft": "batch_size=8", "reward": "batch_size=7", "ppo": "ppo.iterations=3"}
+TRAINED = "metrics/model/* metrics/valid/* metrics/throughput/*"
+
+PRETRAIN = [
+    *run_cases("pretrain", three="steps=3", seed="steps/model/model/tokens engine/model/initial cursors/text/seed", seed_may="model/* metrics/*",
+               peak="model.adam.learning_rate"),
+    *tokenizer_cases(loads=None),
+    *trained_cases("model", "model", moved=TRAINED, after="metrics/valid/*"),
+    *loaded_cases("model", other="sft", moved=f"model/* {TRAINED}",
+                  base=f"model.architecture=null model.load={R}/runs/base"),
+    *pretraining_data_cases("data", text="model/model"),
+    Case("steps=2", "metrics/step models/model/steps steps/model/rate files", may=f"* models/model/adam_steps metrics/model/learning_rate {'steps/model/model/rows steps/model/model/objective'}"),
+    Case("batch_size=5", "steps/model/model/rows steps/model/model/tokens cursors/text/num_taken", may="model/* metrics/* passes/*",
+         exact={"steps/model/model/rows": (5,)}),
+    *schedule_cases("model", three="steps=3", moved="model/* metrics/model/* metrics/valid/*"),
+]  # fmt: skip
+
+# sft
+
+SFT_AFTER = "metrics/valid/* samples/* passes/*"
+SFT_MOVED = f"{TRAINED} metrics/pretraining/loss metrics/pretraining/nll samples/* passes/*"
+JUDGED = f"select_by=reward run.eval_every=1 reward.load={R}/runs/reward"
+DEMONSTRATIONS = "steps/model/model/tokens"
+DATA_NOTES = " ".join(f"said/{R}/{name}.jsonl" for name in (
+    "demonstrations", "demonstrations_valid", "other_demonstrations", "rankings", "rankings_valid", "other_rankings", "prompts",
+    "prompts_valid", "other_prompts",
+))  # fmt: skip
+TEXT_GONE = "steps/model/pretraining/rows steps/model/pretraining/tokens steps/model/pretraining/objective fingerprints/data.pretraining.prefix"
+
+SFT = [
+    *run_cases("sft", three="batch_size=8", seed="steps/model/model/tokens steps/model/pretraining/tokens cursors/order/seed cursors/text/seed samples/response",
+               seed_may="model/* metrics/* passes/*", peak="model.adam.learning_rate"),
+    Case("run.seed=2", "metrics/model/loss", may="* ", base="dropout=0.5"),
+    *tokenizer_cases(loads="model"),
+    *trained_cases("model", "model", moved=SFT_MOVED, after=SFT_AFTER),
+    *loaded_cases("model", other="deep", moved=f"model/* {SFT_MOVED}"),
+    Case(f"data.train={R}/other_demonstrations.jsonl", f"{DEMONSTRATIONS} fingerprints/data.train", may=f"* {DATA_NOTES}"),
+    Case(f"data.valid={R}/other_demonstrations.jsonl", "metrics/valid/loss samples/prompt fingerprints/data.valid",
+         may=f"{DATA_NOTES} samples/* passes/* answers/*"),
+    Case("data.valid=null", "metrics/valid/loss samples/prompt fingerprints/data.valid", may=f"{DATA_NOTES} samples/* passes/* answers/*"),
+    Case("data.pretraining=null", "metrics/valid/text_loss fingerprints/data.pretraining.valid_prefix", may="passes/*",
+         base="pretraining_mix=0"),
+    *pretraining_data_cases("data.pretraining", text="model/pretraining"),
+    *limits_cases(responses=True, file="data.train"),
+    Case("epochs=2", "metrics/step models/model/steps cursors/order/num_taken files",
+         may="* models/model/adam_steps steps/model/rate metrics/model/learning_rate steps/model/model/rows steps/model/model/objective "
+         "steps/model/pretraining/rows steps/model/pretraining/objective", exact={"cursors/order/num_taken": 48}),
+    Case("batch_size=12", "metrics/step steps/model/model/rows steps/model/pretraining/rows",
+         may="* files models/model/steps models/model/adam_steps steps/model/rate metrics/model/learning_rate steps/model/model/objective "
+         "steps/model/pretraining/objective", exact={"steps/model/model/rows": (12, 12), "steps/model/pretraining/rows": (3, 3)}),
+    Case("dropout=0.5", "engine/model/dropout metrics/model/loss", may=f"model/* {SFT_MOVED}", exact={"engine/model/dropout": 0.5}),
+    # text comes on top of the demonstrations, which stay what they are
+    Case("pretraining_mix=0.5", "metrics/pretraining/loss_share metrics/pretraining/row_share metrics/pretraining/token_share steps/model/pretraining/rows "
+         "steps/model/pretraining/objective steps/model/model/objective", may=f"model/* {SFT_MOVED} cursors/text/* steps/model/pretraining/tokens",
+         exact={"metrics/pretraining/loss_share": (0.5,), "steps/model/model/rows": (24,), "steps/model/pretraining/rows": (12,)}),
+    Case("pretraining_mix=0", "metrics/pretraining/loss steps/model/pretraining/rows steps/model/model/objective cursors/text/num_taken",
+         may=f"model/* {SFT_MOVED} metrics/pretraining/* cursors/text/* {TEXT_GONE}", exact={"steps/model/model/rows": (24,)}),
+    *schedule_cases("model", three="batch_size=8", moved=f"model/* {SFT_MOVED}"),
+    Case("select_by=valid_loss", "best/step files cursors/best", base="batch_size=8 run.eval_every=1"),
+    Case(f"select_by=reward reward.load={R}/runs/reward", "best/step files cursors/best metrics/valid/reward_mean",
+         may="said/reward sources/reward/* engine/reward/* metrics/valid/* samples/* passes/* answers/*", base="batch_size=8 run.eval_every=1"),
+    refused("reward=null", "select_by reward needs reward", base=f"select_by=reward run.eval_every=1 reward={{load: {R}/runs/reward}}"),
+    *frozen_cases("reward", other="reward2", moved="metrics/valid/reward_mean samples/reward cursors/best", base=JUDGED, average=False),
+    *sampling_cases("sampling", sampled="samples/response", base=""),
+]  # fmt: skip
+
+# reward
+
+REWARD_MOVED = "metrics/reward/* metrics/valid/* metrics/throughput/*"
+REWARD = [
+    *run_cases("reward", three="batch_size=7", seed="engine/model/initial steps/model/reward/tokens cursors/order/seed",
+               seed_may="reward/* metrics/* passes/*", peak="model.adam.learning_rate"),
+    *tokenizer_cases(loads=None),
+    *trained_cases("model", "reward", moved=REWARD_MOVED, after="metrics/valid/*", scalar=True),
+    *loaded_cases("model", other="sft", moved=f"reward/* {REWARD_MOVED}", role="reward", base=f"model.architecture=null model.load={R}/runs/base"),
+    Case(f"data.train={R}/other_rankings.jsonl", "steps/model/reward/tokens fingerprints/data.train", may=f"* {DATA_NOTES} said/data.valid steps/model/reward/rows"),
+    Case(f"data.valid={R}/other_rankings.jsonl", "metrics/valid/accuracy fingerprints/data.valid",
+         may=f"{DATA_NOTES} said/data.valid metrics/valid/ranking_loss metrics/valid/score_gap passes/model"),
+    Case("data.valid=null", "metrics/valid/accuracy fingerprints/data.valid",
+         may=f"{DATA_NOTES} said/data.valid metrics/valid/ranking_loss metrics/valid/score_gap passes/model"),
+    Case(f"data.demonstrations={R}/other_demonstrations.jsonl", "fingerprints/data.demonstrations reward/weights/scalar_head.bias",
+         may=f"{DATA_NOTES} metrics/valid/demonstration_score passes/model", rounding="metrics/valid/*"),
+    Case("data.demonstrations=null", "fingerprints/data.demonstrations reward/weights/scalar_head.bias",
+         may=f"{DATA_NOTES} metrics/valid/demonstration_score passes/model", rounding="metrics/valid/*"),
+    *limits_cases(responses=True, file="data.train"),
+    Case("epochs=2", "metrics/step models/reward/steps cursors/order/num_taken files",
+         may="* models/reward/adam_steps steps/model/rate metrics/reward/learning_rate steps/model/reward/rows steps/model/reward/objective",
+         exact={"cursors/order/num_taken": 42}),
+    Case("batch_size=20", "metrics/step steps/model/reward/tokens",
+         may="* files models/reward/steps models/reward/adam_steps steps/model/rate metrics/reward/learning_rate steps/model/reward/rows steps/model/reward/objective",
+         exact={"metrics/step": (1, 2)}),
+    *schedule_cases("reward", three="batch_size=7", moved=f"reward/* {REWARD_MOVED}"),
+]  # fmt: skip
+
+# ppo
+
+POLICY_AFTER = "policy/ema/* metrics/valid/* passes/*"
+POLICY = f"policy/* metrics/policy/* metrics/ptx/* {POLICY_AFTER}"
+VALUE = "value/* metrics/value/*"
+UPDATES = f"{POLICY} {VALUE}"
+RETURNS = f"metrics/rollout/return_mean metrics/rollout/return_std {UPDATES}"
+KL = "metrics/rollout/kl metrics/rollout/kl_per_token metrics/rollout/kl_k3 metrics/rollout/kl_k3_per_token cursors/kl_coef"
+SCORES = "metrics/rollout/reward_mean metrics/rollout/reward_std samples/reward"
+VALUES = "metrics/rollout/value_mean metrics/rollout/value_std"
+PPO_STEPS = (
+    "models/policy/steps models/policy/adam_steps models/value/steps models/value/adam_steps steps/policy/rate steps/value/rate "
+    "metrics/policy/learning_rate metrics/value/learning_rate steps/policy/policy/rows steps/policy/policy/objective "
+    "steps/policy/ptx/rows steps/policy/ptx/objective steps/value/value/rows steps/value/value/objective"
+)
+PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix"
+OTHER_POLICY = "* models/policy/architecture/* said/generation"
+
+PPO = [
+    *run_cases("ppo", three="ppo.iterations=3", seed="samples/response steps/policy/policy/tokens steps/policy/ptx/tokens cursors/order/seed cursors/text/seed",
+               seed_may="*", peak="policy.adam.learning_rate"),
+    *tokenizer_cases(loads="policy"),
+    *trained_cases("policy", "policy", moved=OTHER_POLICY, after=POLICY_AFTER),
+    *loaded_cases("policy", other="deep", moved=OTHER_POLICY),
+    *trained_cases("value", "value", moved=f"{VALUES} {RETURNS} metrics/throughput/*", scalar=True),
+    *loaded_cases("value", other="reward2", moved=f"{VALUES} {RETURNS} {VALUE} metrics/throughput/*"),
+    Case("value.load_model=value", "engine/value/initial said/value sources/value/model", may=f"{VALUES} {RETURNS} models/value/architecture/* sources/value/average",
+         base=f"value.load={R}/runs/ppo value.load_model=policy"),
+    *frozen_cases("reward", other="reward2", moved=f"{SCORES} {RETURNS}", average=False),
+    *frozen_cases("reference", other="deep", moved=f"{KL} {RETURNS}"),
+    Case(f"data.prompts={R}/other_prompts.jsonl", "samples/prompt fingerprints/data.prompts cursors/order/num_items", may=f"* {DATA_NOTES}"),
+    Case(f"data.prompts_valid={R}/other_prompts.jsonl", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
+         may=f"metrics/valid/kl metrics/valid/response_len metrics/valid/finished_fraction passes/* answers/* {DATA_NOTES}"),
+    Case("data.prompts_valid=null", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
+         may=f"metrics/valid/* passes/* answers/* {DATA_NOTES}"),
+    Case("data.pretraining=null", "metrics/valid/text_loss fingerprints/data.pretraining.valid_prefix", may="passes/*", base="ppo.ptx_coef=0"),
+    *pretraining_data_cases("data.pretraining", text="policy/ptx"),
+    *limits_cases(responses=False, file="data.prompts"),
+    Case("limits.max_response_len=30", "said/megarlhf_ppo"),
+    Case("ppo.iterations=2", "metrics/step files cursors/order/num_taken", may=f"* said/megarlhf_ppo {PPO_STEPS}", exact={"metrics/step": (1, 2)}),
+    Case("ppo.batch_size=16", "cursors/order/num_taken answers/batches cursors/text/num_taken", may=f"* {PPO_STEPS}",
+         exact={"cursors/order/num_taken": 16, "steps/policy/policy/rows": (8, 8), "steps/value/value/rows": (8, 8)}),
+    Case("ppo.minibatch_size=4", "steps/policy/policy/rows steps/policy/ptx/rows steps/value/value/rows", may=f"{UPDATES} metrics/throughput/* steps/* {PPO_STEPS}",
+         rounding=f"{KL} {VALUES} {RETURNS} samples/* metrics/rollout/*",
+         exact={"steps/policy/policy/rows": (4, 4), "steps/policy/ptx/rows": (4, 4), "steps/value/value/rows": (4, 4)}),
+    Case("ppo.epochs=2", "models/policy/steps models/value/steps cursors/text/num_taken", may=f"{UPDATES} metrics/throughput/* steps/* {PPO_STEPS}",
+         exact={"steps/policy/policy/rows": (8, 8), "steps/value/value/rows": (8, 8), "cursors/order/num_taken": 8}),
+    Case("ppo.kl_coef=0.5", "metrics/rollout/kl_coef metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=f"{RETURNS} cursors/kl_coef"),
+    Case("ppo.adaptive_kl=null", "cursors/kl_coef"),
+    Case("ppo.adaptive_kl.target=0.0001", "cursors/kl_coef"),
+    Case("ppo.adaptive_kl.horizon=100000", "cursors/kl_coef"),
+    Case("ppo.gamma=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
+    Case("ppo.gae_lambda=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
+    Case("ppo.clip=0.01", "steps/policy/policy/objective metrics/policy/clip_fraction", may=POLICY, base="ppo.epochs=3 policy.adam.learning_rate=0.1"),
+    Case("ppo.value_clip=0.001", "steps/value/value/objective metrics/value/clip_fraction", may=VALUE, base="ppo.epochs=3 value.adam.learning_rate=0.1"),
+    Case("ppo.standardize_advantages=false", "policy/exp_avg/*", may=POLICY),
+    Case("ppo.ptx_coef=27.0", "steps/policy/ptx/objective policy/exp_avg/*", may=POLICY),
+    Case("ppo.ptx_coef=0", "metrics/ptx/loss cursors/text/num_taken steps/policy/ptx/rows", may=f"{POLICY} cursors/text/* metrics/throughput/* {PTX_GONE}"),
+    Case("ppo.ptx_ratio=2", "steps/policy/ptx/rows cursors/text/num_taken", may=f"{POLICY} metrics/throughput/* {PTX_GONE.replace(' fingerprints/data.pretraining.prefix', '')}",
+         exact={"steps/policy/ptx/rows": (16,)}),
+    Case("ppo.unfinished_penalty=-3.0", SCORES, may=RETURNS, exact={"metrics/rollout/reward_mean": (-3.0,)}),
+    Case("ppo.recompute_logprobs=false", "metrics/rollout/generator_logprob_gap passes/policy", rounding=f"* {KL} {RETURNS} samples/*"),
+    Case("ppo.warmup_iterations=5", "steps/policy/rate steps/value/rate", may=f"* said/megarlhf_ppo {PPO_STEPS}", base="ppo.iterations=3"),
+    Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
+    Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
+    *sampling_cases("generation.sampling", sampled="samples/response metrics/rollout/reward_mean", objective="steps/policy/policy/objective"),
+]  # fmt: skip
+
+# generate and evaluate
+
+IDLE = ["run.save_every=3", "run.save_minutes=3.0", "run.keep_checkpoints=3", "run.resume=newest_good", "run.max_skipped_steps=3", "run.eval_every=3"]
+
+
+def answering_run_cases(command, *, sampled):
+    """`run` of a command that takes no steps."""
+    said = f"said/megarlhf_{command}"
+    return [
+        Case("run.seed=2", sampled, may="* stdout said/* inputs/run.seed"),
+        *(Case(change, said) for change in IDLE),
+        Case("run.sinks=[]", said),
+        Case("run.wandb_mode=online", said),
+        *process_cases(),
+    ]
+
+
+GENERATE = [
+    *answering_run_cases("generate", sampled="responses/response"),
+    *tokenizer_cases(loads="model"),
+    *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*", passes=False),
+    Case("model.micro_batch_size=2", "said/megarlhf_generate"),
+    Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts", may="* inputs/* said/*"),
+    *limits_cases(responses=False, file="prompts"),
+    Case("limits.max_response_len=30", "said/megarlhf_generate"),
+    *sampling_cases("sampling", sampled="responses/response inputs/sampling/*"),
+]
+
+ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
+RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss"
+EVALUATE = [
+    *answering_run_cases("evaluate", sampled="responses/response evaluation/valid/reward_mean"),
+    *tokenizer_cases(loads="model"),
+    *frozen_cases("model", other="deep", moved=f"responses/* inputs/model/* {ANSWERED} evaluation/valid/text_loss evaluation/valid/loss stdout passes/*"),
+    *frozen_cases("reward", other="reward2", moved=f"responses/reward evaluation/valid/reward_mean {RANKED} stdout", average=False),
+    Case("reward=null", "responses/reward evaluation/valid/reward_mean engine/reward/initial", may="engine/reward/* said/reward passes/reward stdout", base="rankings=null"),
+    *frozen_cases("reference", other="deep", moved="responses/kl evaluation/valid/kl stdout"),
+    Case("reference=null", "responses/kl evaluation/valid/kl engine/reference/initial", may="engine/reference/* said/reference passes/* stdout"),
+    Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts evaluation/valid/reward_mean", may=f"responses/* {ANSWERED} inputs/* stdout answers/* passes/* {DATA_NOTES}"),
+    Case("prompts=null", "responses/prompt", may=f"responses/* {ANSWERED} inputs/* files stdout answers/* passes/* {DATA_NOTES}", base="reference=null"),
+    Case(f"demonstrations={R}/other_demonstrations.jsonl", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
+    Case("demonstrations=null", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
+    Case(f"rankings={R}/other_rankings.jsonl", RANKED, may=f"stdout passes/* {DATA_NOTES}"),
+    Case("rankings=null", RANKED, may=f"stdout passes/* {DATA_NOTES}"),
+    Case("text=null", "evaluation/valid/text_loss", may="stdout passes/*"),
+    Case(f"text.valid_prefix={R}/corpus", "evaluation/valid/text_loss", may="stdout passes/*"),
+    Case("text.seq_len=16", "evaluation/valid/text_loss", may="stdout passes/*"),
+    Case("text.valid_rows=2", "evaluation/valid/text_loss", may="stdout passes/*"),
+    *limits_cases(responses=True, file="demonstrations"),
+    *sampling_cases("sampling", sampled="responses/response inputs/sampling/*"),
+]
+
+CASES = {"pretrain": PRETRAIN, "sft": SFT, "reward": REWARD, "ppo": PPO, "generate": GENERATE, "evaluate": EVALUATE}

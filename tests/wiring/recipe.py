@@ -1,0 +1,81 @@
+"""The smallest recipe in which every key has something to act on: each training stage is one optimizer step."""
+
+from megarlhf.data.tokenizers import train_sentencepiece
+from tests.distributed.recipe import make_data, write_lines
+
+SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 40, "init_std": 0.3}
+WIDER = {**SIZES, "hidden_size": 12}
+DEEP = {"num_layers": 4, "hidden_size": 8, "num_heads": 2, "max_seq_len": 40}
+RATES = {"model": 0.003, "policy": 0.004, "value": 0.005}
+"""Each trained model has a rate of its own, so that one is never taken for another's."""
+RUNS = {
+    "base": ("pretrain", []),
+    "sft": ("sft", []),
+    "reward": ("reward", []),
+    "reward2": ("reward", ["run.seed=2"]),
+    "ppo": ("ppo", []),
+    "deep": ("pretrain", [f"model.architecture={DEEP}"]),
+    "deep_reward": ("reward", [f"model.architecture={DEEP}"]),
+}
+"""What the cases start from: folder/runs/<name> -> (command, overrides)."""
+
+
+def make_wiring_data(folder):
+    """The recipe's data, and some that is wrong, short or other."""
+    make_data(folder)
+    train_sentencepiece([f"{i} is {i * i}, and {i + 1} is not." for i in range(4000)], folder / "other", vocab_size=400)
+    write_lines(folder / "broken.jsonl", [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)])
+    with (folder / "broken.jsonl").open("a") as file:
+        file.write('{"prompt": 7}\n')
+    for name, records in OTHER.items():
+        write_lines(folder / f"{name}.jsonl", records)
+
+
+OTHER = {
+    "other_demonstrations": [{"prompt": f"item {i}?\n", "response": f"see {i}"} for i in range(24)],
+    "other_rankings": [{"prompt": f"item {i}?\n", "chosen": f"see {i}", "rejected": "no"} for i in range(21)],
+    "other_prompts": [{"prompt": f"item {i}?\n"} for i in range(26)],
+}
+
+
+def configurations(folder):
+    """Command -> the YAML tree that its cases change."""
+    corpus = {"prefix": f"{folder}/corpus", "valid_prefix": f"{folder}/heldout", "seq_len": 32, "valid_rows": 6}
+    held_out = {key: value for key, value in corpus.items() if key != "prefix"}
+    limits = {"max_prompt_len": 16, "max_response_len": 20}
+    sampling = {"max_new_tokens": 8}
+
+    def trained(role, size, **source):
+        return {"adam": {"learning_rate": RATES[role], "eps": 1e-5}, "micro_batch_size": size, **source}
+
+    def saved(name):
+        return {"load": f"{folder}/runs/{name}"}
+
+    demonstrations = {"train": f"{folder}/demonstrations.jsonl", "valid": f"{folder}/demonstrations_valid.jsonl", "pretraining": corpus}
+    rankings = {"train": f"{folder}/rankings.jsonl", "valid": f"{folder}/rankings_valid.jsonl", "demonstrations": demonstrations["valid"]}
+    prompts = {"prompts": f"{folder}/prompts.jsonl", "prompts_valid": f"{folder}/prompts_valid.jsonl", "pretraining": corpus}
+    algorithm = {"iterations": 1, "batch_size": 8, "minibatch_size": 8, "ptx_ratio": 1, "ptx_coef": 2.0, "warmup_iterations": 3}
+    more = {"ema_decay": 0.9, "adaptive_kl": {"target": 0.5, "horizon": 40}}
+    commands = {
+        "pretrain": {"model": trained("model", 3, architecture=SIZES), "data": corpus, "steps": 1, "batch_size": 6},
+        "sft": {
+            "model": trained("model", 9, **saved("base")), "data": demonstrations, "limits": limits, "sampling": sampling,
+            "epochs": 1, "batch_size": 24, "dropout": 0.0, "pretraining_mix": 0.25,
+        },
+        "reward": {
+            "model": trained("model", 9, architecture=WIDER), "data": rankings, "limits": limits, "epochs": 1, "batch_size": 21,
+        },
+        "ppo": {
+            "policy": trained("policy", 5, **saved("sft")), "value": trained("value", 3, **saved("reward")),
+            "reward": {"micro_batch_size": 5, **saved("reward")}, "reference": {"micro_batch_size": 3, **saved("base")},
+            "data": prompts, "limits": {"max_prompt_len": 16}, "ppo": {**algorithm, **more}, "generation": {"sampling": sampling},
+        },
+        "generate": {"model": saved("ppo"), "prompts": prompts["prompts"], "limits": {"max_prompt_len": 16}, "sampling": sampling},
+        "evaluate": {
+            "model": saved("ppo"), "reward": saved("reward"), "reference": saved("sft"), "prompts": prompts["prompts_valid"],
+            "demonstrations": demonstrations["valid"], "rankings": rankings["valid"], "text": held_out,
+            "limits": limits, "sampling": sampling,
+        },
+    }  # fmt: skip
+    tokenizer = {"path": f"{folder}/tokenizer.model"}
+    return {name: {"stage": name, "tokenizer": tokenizer, "run": {"dir": f"{folder}/runs/{name}"}, **tree} for name, tree in commands.items()}
