@@ -529,5 +529,6 @@ def check_rankings(folder, runs):
 def test_rankings_are_judged_by_the_reward_model_that_is_given(recipe, ranks1, tmp_path):
     refused = ranks1.run(check_rankings, recipe, tmp_path)[0]
     beside, alone = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("beside", "alone"))
-    assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy"}
+    by_prompt = [f"valid/accuracy_by_prompt{end}" for end in ("", "_low", "_high", "_count")]
+    assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy", *by_prompt}
     assert "model: load_model must name one of policy, value in" in refused
