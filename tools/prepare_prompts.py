@@ -11,7 +11,8 @@ dropped itself:
 3. Records with personal data are dropped from the splits --pii-on: by the rules of megarlhf/data/personal.py, and by those of
    one's own, a function that takes a text and returns the name of what it found in it, or None. Every text of a record
    is looked through but those of --user-key and --organization-key, and "id".
-4. Of records that share their first --prefix-characters characters, or the whole of a shorter prompt, the first is kept.
+4. Of records that share their first --prefix-characters characters, or the whole of a shorter prompt, the first is kept; of
+   few-shot sets, which may share an instruction, those are dropped that are the same in everything.
 5. Of each user the first --max-per-user records are kept; a few-shot set counts as one.
 
 The split is drawn by the organization, or by the user where there is none: nobody is in two splits. A user's records for a second
@@ -32,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class Example:
     prompt: str | Messages
     response: str | None
     record: dict[str, Any]
+    is_few_shot: bool = False
 
 
 @dataclass
@@ -78,9 +81,11 @@ class Memory:
         if known != digest(group):
             raise BadRecord(source, "user in two organizations", "the first one's records are kept", "Give him one name for each.")
 
-    def admit(self, source: str, user: str, text: str) -> None:
-        """Take a record in. BadRecord where its prefix was there before, or its user has had his share."""
-        prefix, name = digest(text[: self._prefix_characters]), digest(user)
+    def admit(self, source: str, user: str, example: Example) -> None:
+        """Take a record in by its first example. BadRecord where its prefix came before, or its user has had his share."""
+        # Few-shot sets share an instruction on purpose: of them the whole counts, not the prefix.
+        text = written(example.prompt)
+        prefix, name = digest(text if example.is_few_shot else text[: self._prefix_characters]), digest(user)
         if prefix in self._prefixes:
             raise BadRecord(source, "same prefix", f"its first {self._prefix_characters} characters came before", "Nothing is to be done.")
         count, group = self._users[name]
@@ -96,7 +101,7 @@ class Memory:
 
 def digest(text: str) -> bytes:
     """A hash of 16 bytes."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def split_of(group: bytes, splits: dict[str, float], seed: int) -> str:
@@ -137,7 +142,7 @@ def few_shot(source: str, record: dict) -> list[Example]:
     for i, (query, response) in enumerate(texts):
         context = [f"{theirs}\n{answer}" for j, (theirs, answer) in enumerate(texts) if j != i]
         prompt = "\n\n".join([instruction, *context, query]) + "\n"
-        examples.append(Example(f"{source}, pair {i}", prompt, response, {"prompt": prompt, "response": response} | others))
+        examples.append(Example(f"{source}, pair {i}", prompt, response, {"prompt": prompt, "response": response} | others, True))
     return examples
 
 
@@ -169,7 +174,52 @@ class Filters:
                 raise BadRecord(example.source, "personal data", f'{found} in "{name}"', "Remove it, or change --pii-on.")
 
 
-def texts_in(value: Any, names: set[str | None], name: str = "record") -> Iterator[tuple[str, str]]:
+class Sieve:
+    """Takes records one by one, and says what of each is kept, and in which split."""
+
+    def __init__(self, args: argparse.Namespace, splits: dict[str, float], drop: Callable[[BadRecord], None]) -> None:
+        self._args, self._splits, self._drop = args, splits, drop
+        self._filters = Filters(args)
+        self.memory = Memory(prefix_characters=args.prefix_characters, max_per_user=args.max_per_user)
+
+    def kept(self, source: str, stored: bytes | dict) -> tuple[str, list[Example]]:
+        """The split of a record and its examples that are kept; all else is dropped."""
+        try:
+            record = record_of(source, stored)
+            examples, user, group = examples_of(source, record), *self._owner(source, record)
+            self.memory.require_one_group(source, user, group)
+        except BadRecord as bad:
+            self._drop(bad)
+            return "", []
+        split = split_of(digest(group), self._splits, self._args.seed)
+        good = [example for example in examples if self._passes(example, personal=split in self._args.pii_on)]
+        if not good:
+            return split, []
+        try:
+            self.memory.admit(source, user, examples[0])
+        except BadRecord as bad:
+            for example in good:
+                self._drop(BadRecord(example.source, bad.reason, bad.detail, bad.way_out))
+            return split, []
+        return split, good
+
+    def _owner(self, source: str, record: dict) -> tuple[str, str]:
+        """The record's user, and the group whose records stay together."""
+        user, organization = (name_in(source, record, key) for key in (self._args.user_key, self._args.organization_key))
+        if user is None:
+            raise BadRecord(source, "no user", f'no "{self._args.user_key}"', "Say whose it is.")
+        return user, f"user {user}" if organization is None else f"organization {organization}"
+
+    def _passes(self, example: Example, *, personal: bool) -> bool:
+        try:
+            self._filters.check(example, personal=personal)
+            return True
+        except BadRecord as bad:
+            self._drop(bad)
+            return False
+
+
+def texts_in(value: Any, names: set[str | None], name: str = "") -> Iterator[tuple[str, str]]:
     """(field, text) of all texts in a value, however deep, but for the fields `names` of the record itself."""
     if isinstance(value, str):
         yield name, value
@@ -179,7 +229,7 @@ def texts_in(value: Any, names: set[str | None], name: str = "record") -> Iterat
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key not in names:
-                yield from texts_in(inner, set(), key)
+                yield from texts_in(inner, set(), f"{name}.{key}" if name else key)
 
 
 def load_hook(rule: str) -> Hook:
@@ -188,7 +238,7 @@ def load_hook(rule: str) -> Hook:
     if not Path(path).is_file():
         raise ValueError(f"--pii-rules {rule}: there is no file {path or rule}; write it as my_rules.py:function")
     spec = importlib.util.spec_from_file_location("pii_rules", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its own classes look for it
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's program may raise
@@ -212,20 +262,24 @@ def load_hook(rule: str) -> Hook:
 def prepare(args: argparse.Namespace) -> str:
     """Write the files and return the closing table. ValueError for what is wrong with arguments or files."""
     splits = shares(args.splits)
+    if args.pii_on is None:
+        args.pii_on = ["train"] if "train" in splits else list(splits)
     if unknown := set(args.pii_on) - splits.keys():
-        raise ValueError(f"--pii-on names {sorted(unknown)}, and the splits are {list(splits)}")
+        raise ValueError(f"--pii-on names {', '.join(sorted(unknown))}, and the splits are {', '.join(splits)}")
     for name in ("max_prompt_tokens", "max_response_tokens", "max_per_user", "prefix_characters"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    filters, tally = Filters(args), Tally()
-    memory = Memory(prefix_characters=args.prefix_characters, max_per_user=args.max_per_user)
-    folder = Path(args.output_dir)
+    tally, folder = Tally(), Path(args.output_dir)
     names = [*(f"{split}.jsonl" for split in splits), "dropped.jsonl"]
-    existing = [name for name in (*names, "report.txt") if (folder / name).exists()]
-    if existing and not args.overwrite:
-        raise ValueError(f"{folder / existing[0]} exists; choose another --output-dir or give --overwrite")
+    there = sorted(path.name for path in folder.glob("*.jsonl"))
+    if there and not args.overwrite:
+        raise ValueError(f"{folder / there[0]} exists; choose another --output-dir or give --overwrite")
+    if other := set(there) - set(names):  # which may hold users of these splits
+        raise ValueError(f"{folder} holds {min(other)}, which is no split of this run; remove it or choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # under other names until all is there
+        for name in names:
+            stack.callback((folder / f"{name}.partial").unlink, missing_ok=True)
         files = {name: stack.enter_context((folder / f"{name}.partial").open("w", encoding="utf-8")) for name in names}
 
         def drop(bad: BadRecord) -> None:
@@ -234,61 +288,24 @@ def prepare(args: argparse.Namespace) -> str:
             tally.dropped[bad.reason] += 1
             print(json.dumps({"source": bad.source, "reason": bad.reason, "detail": bad.detail}), file=files["dropped.jsonl"])
 
-        for path in args.input:
-            for source, stored in stored_records(path):
-                tally.num_records += 1
-                for split, example in kept(source, stored, args, splits, filters, memory, drop):
-                    tally.kept[split] += 1
-                    print(json.dumps(example.record), file=files[f"{split}.jsonl"])
-    for name in names:
-        os.replace(folder / f"{name}.partial", folder / name)
-    table = report(tally, splits, memory.users_by_split(splits, args.seed))
+        sieve = Sieve(args, splits, drop)
+        for source, stored in chain.from_iterable(map(stored_records, args.input)):
+            tally.num_records += 1
+            split, examples = sieve.kept(source, stored)
+            for example in examples:
+                tally.kept[split] += 1
+                print(json.dumps(example.record), file=files[f"{split}.jsonl"])
+        for name in names:
+            files[name].close()
+            os.replace(folder / f"{name}.partial", folder / name)
+    table = report(tally, splits, sieve.memory.users_by_split(splits, args.seed))
     (folder / "report.txt").write_text(table + "\n", encoding="utf-8")
     return table
 
 
-TOO_LONG = {"prompt too long", "response too long"}
-REASONS = {"no user", "user in two organizations", *TOO_LONG, "personal data", "same prefix", "user over limit"}
+REASONS = {"no user", "user in two organizations", "same prefix", "user over limit"}
+REASONS |= {"prompt too long", "response too long", "personal data"}
 """For which a record is dropped that is not broken."""
-
-
-def kept(
-    source: str,
-    stored: bytes | dict,
-    args: argparse.Namespace,
-    splits: dict[str, float],
-    filters: Filters,
-    memory: Memory,
-    drop: Callable[[BadRecord], None],
-) -> list[tuple[str, Example]]:
-    """(split, example) of what is kept of a record; all else is dropped."""
-    try:
-        record = record_of(source, stored)
-        examples = examples_of(source, record)
-        user = name_in(source, record, args.user_key)
-        if user is None:
-            raise BadRecord(source, "no user", f'no "{args.user_key}"', "Say whose it is.")
-        organization = name_in(source, record, args.organization_key)
-        group = f"user {user}" if organization is None else f"organization {organization}"
-        memory.require_one_group(source, user, group)
-    except BadRecord as bad:
-        drop(bad)
-        return []
-    split, good = split_of(digest(group), splits, args.seed), []
-    for example in examples:
-        try:
-            filters.check(example, personal=split in args.pii_on)
-            good.append((split, example))
-        except BadRecord as bad:
-            drop(bad)
-    if good:
-        try:
-            memory.admit(source, user, written(examples[0].prompt))
-        except BadRecord as bad:
-            for _, example in good:
-                drop(BadRecord(example.source, bad.reason, bad.detail, bad.way_out))
-            return []
-    return good
 
 
 def name_in(source: str, record: dict, key: str | None) -> str | None:
@@ -298,7 +315,7 @@ def name_in(source: str, record: dict, key: str | None) -> str | None:
         return None
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise BadRecord(source, "wrong type", f'"{key}" is {kind_of(name)}', "Make it a string or an integer.")
-    return f"{type(name).__name__} {name}"
+    return str(name)
 
 
 def shares(splits: list[str]) -> dict[str, float]:
@@ -342,7 +359,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-response-tokens", type=int, default=1024, help="longest response with its EOS (1k, Appendix C)")
     parser.add_argument("--max-per-user", type=int, default=200, help="records kept of a user (section 3.2)")
     parser.add_argument("--prefix-characters", type=int, default=256, help="how long a common prefix is long (the paper does not say)")
-    parser.add_argument("--pii-on", nargs="*", default=["train"], help="splits without personal data (the paper: train); none to keep all")
+    parser.add_argument("--pii-on", nargs="*", help="splits without personal data; train where there is one (as in the paper)")
     parser.add_argument("--pii-rules", nargs="+", default=[], help="rules of one's own beside those written here: my_rules.py:function")
     parser.add_argument("--on-bad-record", choices=("raise", "skip"), default="raise", help="stop at a broken record, or drop it")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
@@ -362,7 +379,7 @@ def start() -> int:
         print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C; what was written so far is in files named .partial", file=sys.stderr)
+        print("error: stopped by Ctrl-C; nothing was kept", file=sys.stderr)
         return 130
 
 

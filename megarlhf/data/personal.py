@@ -44,7 +44,12 @@ def has_card_number(text: str) -> bool:
 
 def has_iban(text: str) -> bool:
     """An international bank account number of 15 to 34 characters whose remainder by 97 is right (ISO 13616)."""
-    return any(15 <= len(iban := found.group().replace(" ", "")) <= 34 and remainder_97(iban) == 1 for found in IBAN.finditer(text))
+    for found in IBAN.finditer(text):
+        groups = found.group().split(" ")  # the last of which may be other words in capitals
+        candidates = ("".join(groups[:n]) for n in range(1, len(groups) + 1))
+        if any(15 <= len(iban) <= 34 and remainder_97(iban) == 1 for iban in candidates):
+            return True
+    return False
 
 
 def has_social_security_number(text: str) -> bool:
