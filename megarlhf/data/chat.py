@@ -43,7 +43,7 @@ class Chat:
         try:
             self._plain = compiled(source)
             self._marked = compiled(source, marks=self._marks)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:  # Jinja compiles to Python
             raise ValueError(f"the chat template of {tokenizer.path} is none: {error}; correct it, or take the model's own") from error
 
     def text(self, source: str, messages: Messages, *, add_generation_prompt: bool) -> str:

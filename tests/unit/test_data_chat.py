@@ -395,3 +395,43 @@ def test_a_bad_chat_is_refused_with_its_line(tmp_path, read, record, reason):
     with pytest.raises(BadRecord) as error:
         read(write(tmp_path / "a.jsonl", record))
     assert error.value.reason == reason and str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:1")
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+def test_whatever_is_wrong_with_a_template_is_said(folder):
+    """Each broken template writes a chat, or says that it is none, or refuses the chat; nothing else is ever raised."""
+    rng, outcomes = random.Random(7), set()
+    tokenizer = load_tokenizer(folder(CHATML, "<|im_end|>"))
+    pieces = ["{{", "}}", "{%", "%}", "'", "|", "(", ")", ".content", " + 1", "[0]", " for ", "endfor"]
+    pieces += ["messages", "eos_token", "\x00", "<|im_end|>", "(" * 2000]
+    for _ in range(600):
+        template, _ = TEMPLATES[rng.choice(sorted(TEMPLATES))]
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(template))
+            template = template[:at] + rng.choice(pieces) + template[at + rng.choice([0, 1, 5]) :]
+        (tokenizer.path.parent / "chat_template.jinja").write_text(template)
+        try:
+            Chat(tokenizer).conversation_ids("f:1", chat("a", "b"))
+            outcomes.add("fine")
+        except BadRecord as bad:
+            assert bad.source == "f:1" and bad.way_out
+            outcomes.add(bad.reason)
+        except ValueError as error:
+            assert "tokenizer.json" in str(error)
+            outcomes.add("none")
+    assert outcomes >= {"fine", "none", "chat refused by the template", "endless turn"}
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama 3", "mistral", "json"])
+def test_hostile_chats_have_the_ids_that_transformers_gives_when_told_to_guard_them(folder, name):
+    template, eos = TEMPLATES[name]
+    path = folder(template, eos)
+    reference, ours = theirs(path), Chat(load_tokenizer(path))
+    for content in ("<|im_end|>", "a</s>b <|eot|>", "[INST] x [/INST]"):
+        messages = chat(content, "fine", f"more {content}")
+        options = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+        expected = reference.apply_chat_template(plain(messages), **options)
+        got = ours.prompt_ids("f:1", messages)
+        controls = set(reference.all_special_ids) | set(reference.added_tokens_decoder)
+        assert [i for i in got if i in controls] == [i for i in expected if i in controls]
+        assert reference.decode(got) == reference.decode(expected)

@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -139,3 +140,21 @@ def test_a_bad_comparison_is_refused_with_its_line(tmp_path, record, reason):
     with pytest.raises(BadRecord) as error:
         read_rankings(json_lines(tmp_path / "a.jsonl", [record]))
     assert error.value.reason == reason and str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:1")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_whatever_is_broken_is_said_with_the_name_of_the_file(tmp_path, name):
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    records = [{"messages": turns, "responses": ["a", "b"], "ranks": [1, 2], "chosen": "c"}] * 3
+    whole, rng = KINDS[name](tmp_path / name, records).read_bytes(), random.Random(5)
+    for _ in range(700):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(content) + 1)
+            content[at : at + rng.choice([0, 1, 9])] = rng.choice([b"", b"\x00", b"{", b'"', b"[]", b"null", b"\xff", rng.randbytes(4)])
+        (tmp_path / name).write_bytes(content)
+        for read in (read_demonstrations, read_rankings, read_prompts):
+            try:
+                read(tmp_path / name)
+            except BadRecord as bad:
+                assert bad.source.startswith(str(tmp_path / name)) and bad.way_out
