@@ -1,5 +1,6 @@
 """launcher/: what each script would start, in every way of starting it, and what it refuses; all shell scripts under shellcheck."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megarlhf.config import COMMANDS
+from megarlhf.config import COMMANDS, load_stage_config
+from megarlhf.models.architecture import make_architecture
+from megarlhf.parallel.layout import ParallelLayout
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted((ROOT / "launcher").glob("*_*.sh"))
@@ -242,3 +245,25 @@ def test_configurations_for_40_gb_are_the_same_training(path):
 def test_one_reward_model_serves_all_sizes(name):
     first, *others = [yaml.safe_load((ROOT / "examples" / folder / name).read_text()) for folder in FOLDERS.values()]
     assert others == [first, first]
+
+
+SIZES = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b"}
+CONFIGURATIONS = sorted(path for folder in FOLDERS.values() for path in (ROOT / "examples" / folder).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_layout_holds_its_model_on_the_nodes_that_the_file_names(path):
+    head = path.read_text().split("\nstage:")[0].replace("\n# ", " ")
+    num_nodes = re.search(r"on (one|\d+) nodes? of 8 GPUs", head).group(1)
+    num_ranks = 8 * (1 if num_nodes == "one" else int(num_nodes))
+    config = load_stage_config(path)
+    models = [getattr(config, role, None) for role in ("model", "policy", "value", "reward", "reference")]
+    layouts = [(model, model.parallel or config.parallel) for model in models if model is not None]
+    if config.stage == "ppo":
+        layouts.append((config.policy, config.generation.parallel or config.policy.parallel))
+    for model, parallel in layouts:
+        preset = model.architecture.preset if model.load is None else SIZES[model.load.split("/")[1]]
+        sizes = make_architecture(preset, vocab_size=50257)
+        layout = ParallelLayout.over(num_ranks, **dataclasses.asdict(parallel))
+        names = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "ffn_size", "padded_vocab_size")
+        assert layout.violations(**{name: getattr(sizes, name) for name in names}) == []
