@@ -11,15 +11,7 @@ from typing import Annotated, Literal
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import show
 from megarlhf.config.loader import build_config
-from megarlhf.config.relations import (
-    fresh_doubts,
-    micro_batch_doubts,
-    response_limit_doubts,
-    same_file_doubts,
-    stepless_doubts,
-    warmup_doubts,
-    warmup_violations,
-)
+from megarlhf.config.relations import fresh_doubts, idle_doubts, same_file_doubts, warmup_doubts, warmup_violations
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
@@ -311,7 +303,7 @@ class PpoConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
-        found += fresh_doubts(policy=self.policy, value=self.value) + response_limit_doubts(self.limits, "generation.sampling")
+        found += fresh_doubts(policy=self.policy, value=self.value) + idle_doubts(self)
         if self.policy.load != self.reference.load and self.policy.load is not None:
             found.append(f"reference.load {self.reference.load} is not what the policy starts from, policy.load {self.policy.load}")
         sampling = self.generation.sampling
@@ -334,8 +326,7 @@ class GenerateConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        found = stepless_doubts(self.run, "generate") + response_limit_doubts(self.limits, "sampling")
-        return found + micro_batch_doubts("model", self.model)
+        return idle_doubts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +365,7 @@ class EvaluateConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return stepless_doubts(self.run, "evaluate")
+        return idle_doubts(self)
 
 
 COMMANDS: dict[str, type[StageConfig]] = {
