@@ -35,7 +35,7 @@ find_python312() { # prints the first Python 3.12 that runs, on PATH or among py
 python=$(bash tests/install.sh) || exit 1
 echo "== ruff"
 if "$python" -m ruff check .; then summary+=("ruff: passed"); else code=1 && summary+=("ruff: FAILED"); fi
-run_tests "$python" tests/unit tests/mistakes tests/numerics tests/distributed tests/gpu
+run_tests "$python" tests/unit tests/mistakes tests/wiring tests/numerics tests/distributed tests/gpu
 
 if [ -n "${MEGARLHF_SKIP_LANE:-}" ]; then
   summary+=("second lane: left out (MEGARLHF_SKIP_LANE)")

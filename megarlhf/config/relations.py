@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from megarlhf.config.fields import default_of
-from megarlhf.config.sections import LimitsConfig, ModelConfig, RunConfig, ScheduleConfig
+from megarlhf.config.sections import ModelConfig, ScheduleConfig
 
 OF_STEPS = ("save_every", "save_minutes", "keep_checkpoints", "resume", "max_skipped_steps", "eval_every", "sinks", "wandb_mode")
 """Keys of `run` that say how a run of steps goes."""
+NO_RESPONSES = "the files here hold prompts only"
+IDLE: dict[str, dict[str, str]] = {
+    "ppo": {"limits.max_response_len": f"{NO_RESPONSES}; generation.sampling.max_new_tokens limits what is sampled"},
+    "generate": {
+        **{f"run.{name}": "generate takes no steps" for name in OF_STEPS},
+        "limits.max_response_len": f"{NO_RESPONSES}; sampling.max_new_tokens limits what is sampled",
+        "model.micro_batch_size": "sampling.max_batch_size says how many rows are sampled at a time",
+    },
+    "evaluate": {f"run.{name}": "evaluate takes no steps" for name in OF_STEPS},
+}
+"""Command -> key of a section that other commands share and that this one never reads -> why."""
 
 
 def warmup_violations(schedule: ScheduleConfig, total_steps: int) -> list[str]:
@@ -61,22 +73,12 @@ def fresh_doubts(**models: ModelConfig) -> list[str]:
     return [f"{role}.architecture starts from random weights; the paper loads a trained model here" for role in fresh]
 
 
-def stepless_doubts(run: RunConfig, command: str) -> list[str]:
-    """Keys that only runs of steps read, given to a command that takes none."""
-    return _idle_doubts("run", run, OF_STEPS, f"{command} takes no steps")
-
-
-def response_limit_doubts(limits: LimitsConfig, sampling: str) -> list[str]:
-    """A limit for responses of files, given to a command that reads prompts only and samples as `sampling` says."""
-    return _idle_doubts("limits", limits, ("max_response_len",), f"the files here hold no responses; {sampling}.max_new_tokens limits sampled ones")
-
-
-def micro_batch_doubts(path: str, model: ModelConfig) -> list[str]:
-    """The rows of a forward pass, given to a model that only generates."""
-    return _idle_doubts(path, model, ("micro_batch_size",), "sampling.max_batch_size says how many rows are sampled at a time")
-
-
-def _idle_doubts(path: str, section: Any, names: Sequence[str], why: str) -> list[str]:
-    """A sentence for each key that nothing reads here and that is not its default."""
-    idle = [field.name for field in fields(section) if field.name in names and getattr(section, field.name) != default_of(field, MISSING)]
-    return [f"{path}.{name} has no effect: {why}" for name in idle]
+def idle_doubts(config: Any) -> list[str]:
+    """Keys that a command never reads and that are not what they are by default."""
+    found = []
+    for key, why in IDLE[config.stage].items():
+        path, _, name = key.rpartition(".")
+        section = attrgetter(path)(config)
+        default = next(default_of(field, MISSING) for field in fields(section) if field.name == name)
+        found += [f"{key} has no effect: {why}"] if getattr(section, name) != default else []
+    return found

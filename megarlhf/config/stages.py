@@ -13,10 +13,8 @@ from megarlhf.config.fields import show
 from megarlhf.config.loader import build_config
 from megarlhf.config.relations import (
     fresh_doubts,
-    micro_batch_doubts,
-    response_limit_doubts,
+    idle_doubts,
     same_file_doubts,
-    stepless_doubts,
     task_violations,
     warmup_doubts,
     warmup_violations,
@@ -313,7 +311,7 @@ class PpoConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
-        found += fresh_doubts(policy=self.policy, value=self.value) + response_limit_doubts(self.limits, "generation.sampling")
+        found += fresh_doubts(policy=self.policy, value=self.value) + idle_doubts(self)
         if self.policy.load != self.reference.load and self.policy.load is not None:
             found.append(f"reference.load {self.reference.load} is not what the policy starts from, policy.load {self.policy.load}")
         sampling = self.generation.sampling
@@ -336,8 +334,7 @@ class GenerateConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        found = stepless_doubts(self.run, "generate") + response_limit_doubts(self.limits, "sampling")
-        return found + micro_batch_doubts("model", self.model)
+        return idle_doubts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +382,7 @@ class EvaluateConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return stepless_doubts(self.run, "evaluate")
+        return idle_doubts(self)
 
 
 COMMANDS: dict[str, type[StageConfig]] = {

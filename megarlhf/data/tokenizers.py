@@ -273,7 +273,7 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
     tree = read_json(config) if config.is_file() else {}
     names = {key: value.get("content") if isinstance(value := tree.get(key), dict) else value for key in CONFIGURED_NAMES}
     eos, who = (eos_token, "eos_token") if eos_token is not None else (names["eos_token"], f"eos_token in {config}")
-    if eos is not None and eos not in vocab:
+    if eos is not None and (not isinstance(eos, str) or eos not in vocab):
         raise ValueError(f"{path} has no token {eos!r}, which {who} names as the end of a text; name one that it has with eos_token=")
     names["eos_token"] = eos
     return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}

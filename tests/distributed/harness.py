@@ -201,7 +201,7 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
     patience = datetime.timedelta(seconds=timeout + 60)  # a hang is ours to report, not gloo's
     store = dist.FileStore(rendezvous, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-    _await_all(store, rank, world_size)
+    await_all(store, rank, world_size)
     torch.manual_seed(0)
     result = pickle.dumps(check(*args))
     if dist.is_initialized():  # not where the check itself left its world
@@ -212,7 +212,7 @@ def _run(job: bytes, rank: int, stack: TextIO) -> bytes:
     return result
 
 
-def _await_all(store: Any, rank: int, world_size: int) -> None:
+def await_all(store: Any, rank: int, world_size: int) -> None:
     """Return when every rank is connected: one whose check leaves its world sooner would break off the others' connecting."""
     store.set(f"joined/{rank}", "")
     store.wait([f"joined/{other}" for other in range(world_size)])

@@ -17,34 +17,33 @@ from tests.wiring.sections import (
 R = "{recipe}"
 
 
-def pretraining_data_cases(key, *, text, base="", then="", text_gone=""):
-    """Text that is trained on and text that is held out. text: the term's name; then: what follows from other training."""
+def pretraining_data_cases(key, *, text):
+    """Text that is trained on and text that is held out. text: the model and the term that it is for."""
     tokens, held_out = f"steps/{text}/tokens", "metrics/valid/text_loss"
     notes = f"said/{R}/corpus said/{R}/heldout cursors/text/*"
-    trains = f"* fingerprints/* {notes} {then}"
+    trains = f"* fingerprints/* {notes}"
     return [
-        Case(f"{key}.prefix={R}/heldout {key}.valid_prefix=null", f"{tokens} fingerprints/{key}.prefix", may=trains, base=base),
-        Case(f"{key}.valid_prefix={R}/corpus {key}.prefix={R}/heldout", f"{held_out} fingerprints/{key}.valid_prefix", may=trains, base=base),
-        Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*", base=base),
-        Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains, base=base),
-        Case(f"{key}.valid_rows=2", held_out, may="passes/*", base=base),
+        Case(f"{key}.prefix={R}/heldout {key}.valid_prefix=null", f"{tokens} fingerprints/{key}.prefix", may=trains),
+        Case(f"{key}.valid_prefix={R}/corpus {key}.prefix={R}/heldout", f"{held_out} fingerprints/{key}.valid_prefix", may=trains),
+        Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*"),
+        Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains),
+        Case(f"{key}.valid_rows=2", held_out, may="passes/*"),
     ]
 
 
 # pretrain
 
-THREE_STEPS = {"pretrain": "steps=3", "sft": "batch_size=8", "reward": "batch_size=7", "ppo": "ppo.iterations=3"}
 TRAINED = "metrics/model/* metrics/valid/* metrics/throughput/*"
 
 PRETRAIN = [
-    *run_cases("pretrain", three="steps=3", seed="steps/model/model/tokens engine/model/initial cursors/text/seed", seed_may="model/* metrics/*",
+    *run_cases(three="steps=3", seed="steps/model/model/tokens engine/model/initial cursors/text/seed", seed_may="model/* metrics/*",
                peak="model.adam.learning_rate"),
     *tokenizer_cases(loads=None),
     *trained_cases("model", "model", moved=TRAINED, after="metrics/valid/*"),
     *loaded_cases("model", other="sft", moved=f"model/* {TRAINED}",
                   base=f"model.architecture=null model.load={R}/runs/base"),
     *pretraining_data_cases("data", text="model/model"),
-    Case("steps=2", "metrics/step models/model/steps steps/model/rate files", may=f"* models/model/adam_steps metrics/model/learning_rate {'steps/model/model/rows steps/model/model/objective'}"),
+    Case("steps=2", "metrics/step models/model/steps steps/model/rate files", may="* models/model/adam_steps metrics/model/learning_rate steps/model/model/rows steps/model/model/objective"),
     Case("batch_size=5", "steps/model/model/rows steps/model/model/tokens cursors/text/num_taken", may="model/* metrics/* passes/*",
          exact={"steps/model/model/rows": (5,)}),
     *schedule_cases("model", three="steps=3", moved="model/* metrics/model/* metrics/valid/*"),
@@ -63,9 +62,9 @@ DATA_NOTES = " ".join(f"said/{R}/{name}.jsonl" for name in (
 TEXT_GONE = "steps/model/pretraining/rows steps/model/pretraining/tokens steps/model/pretraining/objective fingerprints/data.pretraining.prefix"
 
 SFT = [
-    *run_cases("sft", three="batch_size=8", seed="steps/model/model/tokens steps/model/pretraining/tokens cursors/order/seed cursors/text/seed samples/response",
+    *run_cases(three="batch_size=8", seed="steps/model/model/tokens steps/model/pretraining/tokens cursors/order/seed cursors/text/seed samples/response",
                seed_may="model/* metrics/* passes/*", peak="model.adam.learning_rate"),
-    Case("run.seed=2", "metrics/model/loss", may="* ", base="dropout=0.5"),
+    Case("run.seed=2", "metrics/model/loss", may="*", base="dropout=0.5"),
     *tokenizer_cases(loads="model"),
     *trained_cases("model", "model", moved=SFT_MOVED, after=SFT_AFTER),
     *loaded_cases("model", other="deep", moved=f"model/* {SFT_MOVED}"),
@@ -96,14 +95,14 @@ SFT = [
          may="said/reward sources/reward/* engine/reward/* metrics/valid/* samples/* passes/* answers/*", base="batch_size=8 run.eval_every=1"),
     refused("reward=null", "select_by reward needs reward", base=f"select_by=reward run.eval_every=1 reward={{load: {R}/runs/reward}}"),
     *frozen_cases("reward", other="reward2", moved="metrics/valid/reward_mean samples/reward cursors/best", base=JUDGED, average=False),
-    *sampling_cases("sampling", sampled="samples/response", base=""),
+    *sampling_cases("sampling", sampled="samples/response"),
 ]  # fmt: skip
 
 # reward
 
 REWARD_MOVED = "metrics/reward/* metrics/valid/* metrics/throughput/*"
 REWARD = [
-    *run_cases("reward", three="batch_size=7", seed="engine/model/initial steps/model/reward/tokens cursors/order/seed",
+    *run_cases(three="batch_size=7", seed="engine/model/initial steps/model/reward/tokens cursors/order/seed",
                seed_may="reward/* metrics/* passes/*", peak="model.adam.learning_rate"),
     *tokenizer_cases(loads=None),
     *trained_cases("model", "reward", moved=REWARD_MOVED, after="metrics/valid/*", scalar=True),
@@ -146,7 +145,7 @@ PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objec
 OTHER_POLICY = "* models/policy/architecture/* said/generation"
 
 PPO = [
-    *run_cases("ppo", three="ppo.iterations=3", seed="samples/response steps/policy/policy/tokens steps/policy/ptx/tokens cursors/order/seed cursors/text/seed",
+    *run_cases(three="ppo.iterations=3", seed="samples/response steps/policy/policy/tokens steps/policy/ptx/tokens cursors/order/seed cursors/text/seed",
                seed_may="*", peak="policy.adam.learning_rate"),
     *tokenizer_cases(loads="policy"),
     *trained_cases("policy", "policy", moved=OTHER_POLICY, after=POLICY_AFTER),

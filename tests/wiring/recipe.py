@@ -24,9 +24,8 @@ def make_wiring_data(folder):
     """The recipe's data, and some that is wrong, short or other."""
     make_data(folder)
     train_sentencepiece([f"{i} is {i * i}, and {i + 1} is not." for i in range(4000)], folder / "other", vocab_size=400)
-    write_lines(folder / "broken.jsonl", [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)])
-    with (folder / "broken.jsonl").open("a") as file:
-        file.write('{"prompt": 7}\n')
+    good = [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)]
+    write_lines(folder / "broken.jsonl", [*good, {"prompt": 7}])
     for name, records in OTHER.items():
         write_lines(folder / f"{name}.jsonl", records)
 
@@ -77,5 +76,5 @@ def configurations(folder):
             "limits": limits, "sampling": sampling,
         },
     }  # fmt: skip
-    tokenizer = {"path": f"{folder}/tokenizer.model"}
-    return {name: {"stage": name, "tokenizer": tokenizer, "run": {"dir": f"{folder}/runs/{name}"}, **tree} for name, tree in commands.items()}
+    shared = {"tokenizer": {"path": f"{folder}/tokenizer.model"}, "run": {"dir": f"{folder}/runs/run"}}
+    return {name: {"stage": name, **shared, **tree} for name, tree in commands.items()}

@@ -39,25 +39,31 @@ def joined(*overrides):
     return " ".join(part for part in overrides if part)
 
 
-def run_cases(command, *, three, seed, seed_may="", evaluated="metrics/valid/*", peak):
+STEPS = "models/* metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective"
+"""With "*": what another number of steps changes."""
+GONE = f"{STEPS} sources/* fingerprints/* engine/* process/* inputs/* files stdout said/*"
+"""With "*": all that a run leaves which did not begin."""
+
+
+def run_cases(*, three, seed, seed_may="", evaluated="metrics/valid/*", peak):
     """`run` of a command that trains. three: overrides that make it three steps; peak: the key of a learning rate."""
     often = joined(three, "run.keep_checkpoints=9")
+    each = joined(often, "run.save_every=1")
+    broken = joined(three, f"{peak}=1.0e+38")
+    sinks = {"process/sinks": "('jsonl', 'tensorboard') offline"}
+    online = {"process/sinks": "('jsonl', 'wandb') online"}
     return [
         Case("run.seed=2", seed, may=seed_may),
         Case("run.save_every=2", "files", base=often),
         Case("run.save_minutes=0", "files", base=often),
         Case("run.keep_checkpoints=1", "files", base=joined(three, "run.save_every=1")),
-        Case("run.resume=newest_good", "exit refused", may="* files stdout said/*  models/* sources/* fingerprints/* engine/* process/* "
-             "metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective",
-             base=joined(three, "run.keep_checkpoints=9 run.save_every=1"), exact={"exit": 0}, prepare="a damaged newest"),
-        Case("run.max_skipped_steps=1", "refused", may="metrics/* metrics/*/learning_rate steps/*/rate steps/*/*/rows steps/*/*/objective *",
-             base=joined(three, f"{peak}=1.0e+38"), says="not finite in the last 1 steps"),
+        Case("run.resume=newest_good", "exit refused", may=f"* {GONE}", base=each, prepare="a damaged newest", exact={"exit": 0}),
+        Case("run.max_skipped_steps=1", "refused metrics/step", may=f"* {STEPS}", base=broken, says="not finite in the last 1 steps"),
         Case("run.eval_every=1", evaluated, may="samples/* passes/* answers/*", base=three),
-        Case("run.sinks=[jsonl, tensorboard]", "process/sinks", exact={"process/sinks": "('jsonl', 'tensorboard') offline"}),
-        Case("run.wandb_mode=online", "process/sinks", base="run.sinks=[jsonl, wandb]",
-             exact={"process/sinks": "('jsonl', 'wandb') online"}),
+        Case("run.sinks=[jsonl, tensorboard]", "process/sinks", exact=sinks),
+        Case("run.wandb_mode=online", "process/sinks", base="run.sinks=[jsonl, wandb]", exact=online),
         *process_cases(),
-    ]  # fmt: skip
+    ]
 
 
 def process_cases():
@@ -65,15 +71,8 @@ def process_cases():
     return [
         Case("run.threads=2", "process/threads", rounding="*", exact={"process/threads": 2}),
         Case("run.timeout_minutes=7.0", "process/timeout", exact={"process/timeout": 420.0}),
-        Case("stage=other", "exit refused", may="*  files stdout said/* " + GONE, says="stage"),
+        Case("stage=other", "exit refused", may=f"* {GONE}", says="the file is for"),
     ]
-
-
-GONE = (
-    "models/* sources/* fingerprints/* engine/* process/* inputs/* metrics/*/learning_rate steps/*/rate steps/*/*/rows "
-    "steps/*/*/objective files stdout said/*"
-)
-"""With "*": all that a run leaves which did not begin."""
 
 
 def refused(change, says, base=""):
@@ -83,11 +82,10 @@ def refused(change, says, base=""):
 
 def tokenizer_cases(*, loads):
     """`tokenizer`: of the same size, and another. loads: the first model that was trained with it; None where all are fresh."""
-    other = "tokenizer.path={recipe}/other.model"
+    other, absent = "tokenizer.path={recipe}/other.model", refused("tokenizer.eos_token=nothing", "no token 'nothing'")
     if loads:
-        says = f"{loads}: {{recipe}}/runs/"
-        return [refused(other, says), refused("tokenizer.eos_token=a", f"{loads}: ", base=""), refused("tokenizer.eos_token=nothing", "no token 'nothing'")]
-    return [Case(other, "fingerprints/tokenizer", may="* fingerprints/* said/* stdout"), refused("tokenizer.eos_token=nothing", "no token 'nothing'")]
+        return [refused(other, f"{loads}: "), refused("tokenizer.eos_token=a", f"{loads}: "), absent]
+    return [Case(other, "fingerprints/tokenizer", may="* fingerprints/* said/* stdout"), absent]
 
 
 def adam_cases(key, role, *, after=""):
@@ -120,6 +118,7 @@ def trained_cases(key, role, *, moved, after="", base="", extra=(), sizes=SIZES,
             exact={f"models/{role}/architecture/{field}": value},
         ))  # fmt: skip
     plain = joined(fresh, f"{key}.architecture={_yaml(sizes)}")
+    recompute = f"engine/{named}/recompute"
     return [
         *cases,
         Case(f"{key}.architecture.preset=gpt3-125m {key}.architecture.num_layers=null", f"models/{role}/architecture/num_layers",
@@ -129,7 +128,7 @@ def trained_cases(key, role, *, moved, after="", base="", extra=(), sizes=SIZES,
              exact={f"models/{role}/architecture/num_layers": 3}),
         Case(f"{key}.architecture.init_std=0.1", f"engine/{named}/initial", may=mine, base=plain),
         *adam_cases(key, role, after=after),
-        Case(f"{key}.recompute=selective", f"engine/{named}/recompute", exact={f"engine/{named}/recompute": "selective"}, base=base),
+        Case(f"{key}.recompute=selective", recompute, exact={recompute: "selective"}, base=base),
         *computed_cases(key, role, moved=f"{role}/* {moved}", base=base),
         *extra,
     ]  # fmt: skip
@@ -144,8 +143,8 @@ def computed_cases(key, role, *, moved, base=""):
     """How a model is computed, trained or frozen."""
     named = role_in_notes(key)
     return [
-        Case(f"{key}.precision=bf16", f"engine/{named}/precision said/{named}", may=f"engine/{named}/initial models/{role}/grad_scaler {moved}",
-             base=base, exact={f"engine/{named}/precision": "torch.bfloat16"}),
+        Case(f"{key}.precision=bf16", f"engine/{named}/precision said/{named}", may=f"engine/{named}/initial {moved}", base=base,
+             exact={f"engine/{named}/precision": "torch.bfloat16"}),
         Case(f"{key}.micro_batch_size=2", f"passes/{named}", rounding="* stdout", may="metrics/throughput/*_padding_share", base=base),
     ]  # fmt: skip
 
@@ -162,8 +161,8 @@ def loaded_cases(key, *, other, moved, base="", average=True, role=None):
     ]
     if average:
         from_ppo = joined(base, f"{key}.load={{recipe}}/runs/ppo", f"{key}.load_model=policy")
-        cases.append(Case(f"{key}.load_average=false", f"engine/{named}/initial said/{named}",
-                          may=f"sources/{named}/average inputs/model/* {moved} models/{role or named}/architecture/*", base=from_ppo))  # fmt: skip
+        newest = f"sources/{named}/average inputs/model/* {moved}"
+        cases.append(Case(f"{key}.load_average=false", f"engine/{named}/initial said/{named}", may=newest, base=from_ppo))
     return cases
 
 
@@ -198,13 +197,13 @@ def sampling_cases(key, *, sampled, objective="", base=""):
     ]
 
 
-def limits_cases(*, responses, base="", file):
+def limits_cases(*, responses, file):
     """`limits`. responses: whether there are any in the data; file: the key of the file that is read first."""
     cases = [
-        refused("limits.max_prompt_len=2", "max_prompt_len", base=base),
-        Case("limits.on_bad_record=skip", "exit refused", may=f"* {GONE}", base=joined(base, f"{file}={{recipe}}/broken.jsonl"), exact={"exit": 0}),
+        refused("limits.max_prompt_len=2", "max_prompt_len"),
+        Case("limits.on_bad_record=skip", "exit refused", may=f"* {GONE}", base=f"{file}={{recipe}}/broken.jsonl", exact={"exit": 0}),
     ]
-    return cases + ([refused("limits.max_response_len=2", "max_response_len", base=base)] if responses else [])
+    return cases + ([refused("limits.max_response_len=2", "max_response_len")] if responses else [])
 
 
 def _yaml(tree):

@@ -3,6 +3,7 @@
 The cases are in `cases` and `sections`, what is seen of a run in `observation`, keys without a case and why in `keys`.
 """
 
+import fnmatch
 import re
 import shutil
 from unittest import mock
@@ -116,8 +117,8 @@ def test_every_key_has_a_case_or_a_reason(command):
 
 
 def test_every_reason_is_needed():
-    needed = {pattern for pattern in WITHOUT_CASE for command in CASES for key in keys(command) if reason(command, key) == WITHOUT_CASE[pattern]}
-    assert needed == set(WITHOUT_CASE)
+    named = [f"{command} {key}" for command in CASES for key in keys(command)]
+    assert [pattern for pattern in WITHOUT_CASE if not fnmatch.filter(named, pattern)] == []
 
 
 @pytest.mark.parametrize("command", CASES)
