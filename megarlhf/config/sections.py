@@ -348,3 +348,13 @@ class ScheduleConfig:
     """Linear warm-up steps (the paper's SFT: none)."""
     final_fraction: Share = 0.1
     """What the cosine ends at, as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKlConfig:
+    """A coefficient that follows a target KL (Ziegler et al. 2019, section 2.2); the paper's is fixed."""
+
+    target: Positive = 6.0
+    """KL of a whole response in nats."""
+    horizon: Count = 10000
+    """Episodes over which the coefficient may move by about a fifth."""

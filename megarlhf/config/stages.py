@@ -11,14 +11,7 @@ from typing import Annotated, Literal
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import show
 from megarlhf.config.loader import build_config
-from megarlhf.config.relations import (
-    fresh_doubts,
-    idle_doubts,
-    same_file_doubts,
-    task_violations,
-    warmup_doubts,
-    warmup_violations,
-)
+from megarlhf.config.relations import fresh_doubts, idle_doubts, same_file_doubts, task_violations, warmup_doubts, warmup_violations
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
@@ -33,6 +26,7 @@ from megarlhf.config.rules import (
     ShareBelowOne,
 )
 from megarlhf.config.sections import (
+    AdaptiveKlConfig,
     HeldOutTextConfig,
     LimitsConfig,
     ModelConfig,
@@ -195,16 +189,6 @@ class PpoDataConfig:
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None
     """Text for the pretraining term and for the language-model loss on held-out text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveKlConfig:
-    """A coefficient that follows a target KL (Ziegler et al. 2019, section 2.2); the paper's is fixed."""
-
-    target: Positive = 6.0
-    """KL of a whole response in nats."""
-    horizon: Count = 10000
-    """Episodes over which the coefficient may move by about a fifth."""
 
 
 @dataclass(frozen=True, kw_only=True)
