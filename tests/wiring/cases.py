@@ -223,7 +223,10 @@ GENERATE = [
 ]
 
 ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
-RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss"
+RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt"
+ONLY = "prompts=null reference=null demonstrations=null rankings=null text=null"
+WON = f"win_rate.responses={R}/answers_a.jsonl win_rate.against={R}/answers_b.jsonl win_rate.labels={R}/labels.jsonl"
+RATED = "evaluation/win_rate/* stdout said/* fingerprints/* files"
 EVALUATE = [
     *answering_run_cases("evaluate", sampled="responses/response evaluation/valid/reward_mean"),
     *tokenizer_cases(loads="model"),
@@ -238,6 +241,11 @@ EVALUATE = [
     Case("demonstrations=null", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
     Case(f"rankings={R}/other_rankings.jsonl", RANKED, may=f"stdout passes/* {DATA_NOTES}"),
     Case("rankings=null", RANKED, may=f"stdout passes/* {DATA_NOTES}"),
+    Case(f"tasks=[{R}/other_task.jsonl]", "evaluation/tasks/*", may="stdout said/* fingerprints/*", base=f"{ONLY} tasks=[{R}/task.jsonl]"),
+    Case("shots=0", "evaluation/tasks/task/*", may="stdout said/* fingerprints/*", base=f"{ONLY} shots=2 tasks=[{R}/task.jsonl]"),
+    Case(f"win_rate.responses={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
+    Case(f"win_rate.against={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
+    Case(f"win_rate.labels={R}/other_labels.jsonl", "evaluation/win_rate/by_labels", may=f"{RATED}", base=f"{ONLY} {WON}"),
     Case("text=null", "evaluation/valid/text_loss", may="stdout passes/*"),
     Case(f"text.valid_prefix={R}/corpus", "evaluation/valid/text_loss", may="stdout passes/*"),
     Case("text.seq_len=16", "evaluation/valid/text_loss", may="stdout passes/*"),

@@ -34,6 +34,16 @@ OTHER = {
     "other_demonstrations": [{"prompt": f"item {i}?\n", "response": f"see {i}"} for i in range(24)],
     "other_rankings": [{"prompt": f"item {i}?\n", "chosen": f"see {i}", "rejected": "no"} for i in range(21)],
     "other_prompts": [{"prompt": f"item {i}?\n"} for i in range(26)],
+    "task": [
+        *({"part": "train", "context": f"item {i}", "choices": ["see", "no"], "answer": i % 2} for i in range(3)),
+        *({"id": i, "context": f"word {i}", "choices": ["see", "it is"], "answer": i % 2} for i in range(7)),
+    ],
+    "other_task": [{"id": i, "context": f"what {i}", "choices": ["yes", "it is not"], "answer": i % 2} for i in range(5)],
+    "answers_a": [{"id": i, "prompt": f"item {i}?\n", "response": f"see {i}"} for i in range(9)],
+    "answers_b": [{"id": i, "prompt": f"item {i}?\n", "response": f"no {i * i}" if i % 2 else f"see {i}"} for i in range(9)],
+    "answers_c": [{"id": i, "prompt": f"item {i}?\n", "response": f"it is {i}"} for i in range(9)],
+    "labels": [{"id": i, "preference": "a" if i % 3 else "b"} for i in range(9)],
+    "other_labels": [{"id": i, "preference": "tie"} for i in range(9)],
 }
 
 
