@@ -191,7 +191,12 @@ PPO = [
     Case("ppo.warmup_iterations=5", "steps/policy/rate steps/value/rate", may=f"* said/megarlhf_ppo {PPO_STEPS}", base="ppo.iterations=3"),
     Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
     Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
-    *sampling_cases("generation.sampling", sampled="samples/response metrics/rollout/reward_mean", objective="steps/policy/policy/objective"),
+    # lambda decays what gamma leaves: nothing, here
+    Case("ppo.gae_lambda=0.5", "", base="ppo.gamma=0"),
+    # the ratio and the KL are of the policy that was sampled from; the reference is the policy, to the bit
+    Case("generation.sampling.temperature=0.2", "samples/response steps/policy/policy/objective", may="*",
+         base=f"reference.load={R}/runs/sft reference.micro_batch_size=5", exact={"metrics/policy/ratio": (1.0,), "metrics/rollout/kl": (0.0,)}),
+    *sampling_cases("generation.sampling", sampled="samples/response metrics/rollout/reward_mean")[1:],
 ]  # fmt: skip
 
 # generate and evaluate
