@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ class Optimizer:
         collection = groups.collection(tied_embeddings=tied)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False)
         self.chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
+        for chunk in self.chunks:
+            _hook_weakly(chunk)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -220,3 +223,16 @@ class Optimizer:
     def adopt_parameters(self) -> None:
         """Set the master weights from the parameters, after these were initialised."""
         self.megatron.reload_model_params()
+
+
+def _hook_weakly(chunk: DistributedDataParallel) -> None:
+    """Hang megatron's gradient hooks on the parameters, by a weak reference, so that a model can be freed.
+
+    Megatron hangs them on autograd's nodes, which hold the parameters and which Python's garbage collector cannot look into: a
+    model, with its process groups and their threads, would live as long as the process.
+    """
+    chunk.grad_accs.clear()
+    here = weakref.ref(chunk)
+    for parameter in chunk.module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: here()._make_backward_post_hook(p)())
