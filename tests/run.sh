@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lints the project and runs all its tests, in two lanes: everything with the oldest supported megatron-core (Python 3.11), then
-# the distributed tests with the newest (Python 3.12, where there is one). Makes its own virtual environments, .venv and
+# the distributed tests of what is built on it with the newest (Python 3.12, where there is one). Makes its own virtual environments, .venv and
 # .venv312: see tests/install.sh, also for how to use one's own. MEGARLHF_SKIP_LANE=1 leaves out the second lane.
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -44,7 +44,8 @@ elif "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
 elif [ -z "$(find_python312)" ]; then
   summary+=("second lane: left out (no Python 3.12 found)")
 elif newest=$(bash tests/install.sh "$PWD/.venv312" "$(find_python312)"); then
-  run_tests "$newest" tests/distributed
+  run_tests "$newest" tests/distributed --ignore-glob '*/test_resume.py' --ignore-glob '*/test_refusals.py' \
+    --ignore-glob '*/test_launchers.py' --ignore-glob '*/test_harness.py' --ignore-glob '*/test_evaluate.py'
 else
   code=1
   summary+=("second lane: FAILED to install")
