@@ -23,6 +23,7 @@ from megarlhf.config import ConfigError
 from megarlhf.parallel.alarm import LOOK_SECONDS, Alarm, Rung, first_sentence, is_broken_connection
 from megarlhf.parallel.launch import Place
 from megarlhf.runs.agreement import RunError
+from megarlhf.storage.files import system_error
 
 USER_WROTE_WRONG, WENT_WRONG, INTERRUPTED = 2, 1, 130
 TOGETHER_SECONDS = 5.0
@@ -109,8 +110,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _of_the_system(error: OSError) -> str:
-    what = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    text = f"{what}: {error.strerror or error}" if what else str(error.strerror or error)
+    text = system_error(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += "; make room and start the same command again: it goes on from its newest checkpoint"
     return text

@@ -43,6 +43,7 @@ from megarlhf.data.files import BadRecord, kind_of, record_of, stored_records
 from megarlhf.data.personal import personal_data
 from megarlhf.data.tokenized import TextEncoder
 from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.storage.files import system_error
 
 Hook = Callable[[str], "str | None"]
 
@@ -376,7 +377,7 @@ def start() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {system_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C; nothing was kept", file=sys.stderr)

@@ -24,6 +24,7 @@ from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.records import RecordTally
 from megarlhf.data.tokenized import TextEncoder, TextLoss, encode_text
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
+from megarlhf.storage.files import system_error
 
 BATCH_SIZE = 4096  # documents in memory at once
 REPORT_EVERY_S = 5.0
@@ -149,7 +150,7 @@ def start() -> int:
         print(end.code, file=sys.stderr)
         return 1 if isinstance(end.__cause__, OSError) else 2
     except OSError as error:  # a full disk
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {system_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C; what was written so far is no corpus", file=sys.stderr)

@@ -14,9 +14,9 @@ from megarlhf.conversion.hf_folder import CONFIG
 from megarlhf.conversion.new_folder import GIB
 from megarlhf.conversion.to_hf import Exported, to_hf
 from megarlhf.conversion.verification import check_verifiable, verify
-from megarlhf.runs.agreement import described
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import STATE_FILE, Saved, read_saved
+from megarlhf.storage.files import system_error
 
 SUMMARY = "Convert a Hugging Face folder to a checkpoint, or a model of a run to a Hugging Face folder."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _failed(str(error), 2)
     except OSError as error:
-        return _failed(described(error), 1)
+        return _failed(system_error(error), 1)
     except KeyboardInterrupt:
         return _failed("stopped by Ctrl-C; nothing is left of it", 130)
     return 0

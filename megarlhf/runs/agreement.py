@@ -10,6 +10,7 @@ from megarlhf.config.fields import show, values_of
 from megarlhf.config.stages import StageConfig
 from megarlhf.parallel.collectives import broadcast_object, gather_objects
 from megarlhf.parallel.groups import World
+from megarlhf.storage.files import system_error
 
 T = TypeVar("T")
 ABSENT = "absent"
@@ -67,7 +68,7 @@ def on_rank_0(world: World, function: Callable[..., T], *args: object) -> T:
         except ValueError as error:
             refused = str(error)
         except OSError as error:
-            failed = described(error)
+            failed = system_error(error)
         except Exception as error:
             unexpected = error
     value, refused, failed = broadcast_object((value, refused, failed or (unexpected and f"rank 0: {unexpected!r}")))
@@ -78,9 +79,3 @@ def on_rank_0(world: World, function: Callable[..., T], *args: object) -> T:
     if failed is not None:
         raise RunError(failed)
     return value
-
-
-def described(error: OSError) -> str:
-    """An error of the system as its user reads it: the file, and what is wrong with it."""
-    name = f"{error.filename}: " if error.filename is not None else ""
-    return f"{name}{error.strerror or error}"

@@ -25,12 +25,12 @@ from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
-from megarlhf.runs.agreement import RunError, described, on_rank_0, refuse_together
+from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
 from megarlhf.runs.lock import LOCK_FILE, FolderLock
 from megarlhf.runs.resume import config_changes
 from megarlhf.storage.checkpoints import Saved, finish, partial_folder
-from megarlhf.storage.files import read_json, write_atomically
+from megarlhf.storage.files import read_json, system_error, write_atomically
 from megarlhf.telemetry.samples import SampleLog
 from megarlhf.telemetry.sinks import Sink, make_sinks
 
@@ -152,7 +152,7 @@ class Run:
         try:
             part = checkpoint.write_own_part(path, models, self.world.rank)
         except OSError as error:
-            problems = [f"the checkpoint of step {step} cannot be written: {described(error)}"]
+            problems = [f"the checkpoint of step {step} cannot be written: {system_error(error)}"]
         refuse_together(problems, self.world, error=RunError)
         parts = gather_objects(part)
         state = {
@@ -256,4 +256,4 @@ def _naming_run_dir() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"run.dir: {described(error)}") from error
+        raise ConfigError(f"run.dir: {system_error(error)}") from error

@@ -39,3 +39,9 @@ def read_json(path: Path, *, expected: type = dict) -> Any:
     if not isinstance(value, expected):
         raise ValueError(f"{path} is damaged: it holds {type(value).__name__}, not {expected.__name__}")
     return value
+
+
+def system_error(error: OSError) -> str:
+    """An error of the system as its user reads it: the file, or both of a renaming, and what is wrong."""
+    what = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{what}: {error.strerror or error}" if what else str(error.strerror or error)

@@ -30,10 +30,6 @@ class Timers:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def metrics(self) -> dict[str, float]:
-        """`collect` under the names that metrics have: "time/<name>"."""
-        return {f"time/{name}": seconds for name, seconds in self.collect().items()}
-
     def _now(self) -> float:
         if self._synchronize is not None:
             self._synchronize()
