@@ -16,7 +16,7 @@ from megarlhf import __version__
 from megarlhf.config import COMMANDS, ConfigError, doubts, load_stage_config
 from megarlhf.config.documentation import describe
 from megarlhf.config.paths import path_problems
-from megarlhf.config.stages import StageConfig
+from megarlhf.config.stage import StageConfig
 from megarlhf.parallel.launch import Place, place_in_run
 from megarlhf.telemetry.sinks import check_sinks
 

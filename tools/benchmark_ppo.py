@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megarlhf.config.ppo import GenerationConfig, PpoConfig, PpoDataConfig, PpoSettings
 from megarlhf.config.sections import (
     AdamConfig,
     ArchitectureConfig,
@@ -28,7 +29,6 @@ from megarlhf.config.sections import (
     TokenizerConfig,
     TrainedModelConfig,
 )
-from megarlhf.config.stages import GenerationConfig, PpoConfig, PpoDataConfig, PpoSettings
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 

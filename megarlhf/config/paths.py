@@ -82,7 +82,11 @@ def _output(path: Path) -> str | None:
 
 
 _CHECKS: dict[str, Callable[[Path], str | None]] = {
-    "file": _file, "corpus": _corpus, "tokenizer": _tokenizer, "run": _run, "output": _output,
+    "file": _file,
+    "corpus": _corpus,
+    "tokenizer": _tokenizer,
+    "run": _run,
+    "output": _output,
 }
 
 

@@ -103,6 +103,7 @@ ROWS = 2**20
 TOKENS = 2**20
 WHOLE_BATCH = "every rank holds the whole batch in memory"
 
+Epochs = Annotated[int, Range(1, 100_000)]
 Count = Annotated[int, Range(1, 10**9)]
 """How often something is done."""
 CountOrNone = Annotated[int, Range(0, 10**9)]

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 
 from megarlhf.config import ConfigError
 from megarlhf.config.fields import show, values_of
-from megarlhf.config.stages import StageConfig
+from megarlhf.config.stage import StageConfig
 from megarlhf.parallel.collectives import broadcast_object, gather_objects
 from megarlhf.parallel.groups import World
 from megarlhf.storage.files import system_error

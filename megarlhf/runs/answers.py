@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megarlhf.config.inference import EvaluateConfig, GenerateConfig
 from megarlhf.config.loader import to_dict
-from megarlhf.config.stages import EvaluateConfig, GenerateConfig
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.runs.folder import Run
 from megarlhf.storage.files import read_json

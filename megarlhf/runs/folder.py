@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megarlhf.config import ConfigError, dump_yaml
 from megarlhf.config.loader import to_dict
-from megarlhf.config.stages import StageConfig
+from megarlhf.config.stage import StageConfig
 from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.collectives import gather_objects

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import singledispatch
 
+from megarlhf.config.inference import EvaluateConfig, GenerateConfig
+from megarlhf.config.ppo import PpoConfig
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, SamplingConfig
-from megarlhf.config.stages import EvaluateConfig, GenerateConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, StageConfig
+from megarlhf.config.stage import StageConfig
+from megarlhf.config.training import PretrainConfig, RewardConfig, SftConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megarlhf.algorithms.learning_rate import constant_with_warmup, cosine
 from megarlhf.config import ConfigError
 from megarlhf.config.relations import warmup_violations
-from megarlhf.config.stages import ScheduleConfig
+from megarlhf.config.sections import ScheduleConfig
 
 
 def refuse_long_warmup(schedule: ScheduleConfig, total_steps: int) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megarlhf.config.stages import EvaluateConfig
+from megarlhf.config.inference import EvaluateConfig
 from megarlhf.data.answers import AnswerRow, Label
 from megarlhf.data.collation import prompt_batch, ranking_batch, text_batch
 from megarlhf.data.task_rows import TaskRow

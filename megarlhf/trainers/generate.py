@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megarlhf.config.stages import GenerateConfig
+from megarlhf.config.inference import GenerateConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.evaluation.responses import ResponseJudge, generator_of, response_lines
 from megarlhf.parallel.groups import World

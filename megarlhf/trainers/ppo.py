@@ -15,7 +15,7 @@ from megarlhf.algorithms.learning_rate import constant_with_warmup
 from megarlhf.algorithms.masked import standardize
 from megarlhf.algorithms.rewards import kl_shaped_rewards, penalize_unfinished
 from megarlhf.batch import Experience, Prompts, Rollouts
-from megarlhf.config.stages import PpoConfig
+from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.data.tokenized import PromptRow

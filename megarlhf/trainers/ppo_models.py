@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megarlhf.config.stages import PpoConfig
+from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.trainable import TrainEngine

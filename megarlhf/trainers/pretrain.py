@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megarlhf.config.sections import LimitsConfig
-from megarlhf.config.stages import PretrainConfig
+from megarlhf.config.training import PretrainConfig
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megarlhf.config.stages import RewardConfig
+from megarlhf.config.training import RewardConfig
 from megarlhf.data.collation import ranking_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.engine.terms import RankingLoss, Term

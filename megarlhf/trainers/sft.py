@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from megarlhf.config.stages import SftConfig
+from megarlhf.config.training import SftConfig
 from megarlhf.data.collation import prompt_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.data.tokenized import DemonstrationRow, PromptRow
