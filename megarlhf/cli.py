@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,15 +23,18 @@ from megarlhf.telemetry.sinks import check_sinks
 
 DESCRIPTION = "Train language models to follow instructions with human feedback (Ouyang et al. 2022)."
 DEFAULT_TIMEOUT_MINUTES = 30.0
+TOOLS = {
+    "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
+}
+"""Commands that are no stage: the module whose `main` runs the words after its name, and what it does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user wrote wrong, 1 for what went wrong, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["convert"]:
-        from megarlhf.conversion.command import main as convert
-
-        return convert(words[1:])
+    if words and words[0] in TOOLS:
+        module, _ = TOOLS[words[0]]
+        return importlib.import_module(module).main(words[1:])
     options = _parsed(words)
     if options.help_config:
         print(describe(COMMANDS[options.command]), flush=True)
@@ -113,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     version = f"megarlhf {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("convert", help="between a Hugging Face folder and a checkpoint; no --config", add_help=False)
+    for name, (_, summary) in TOOLS.items():
+        commands.add_parser(name, help=summary, add_help=False)
     for name, cls in COMMANDS.items():
         summary = (cls.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
