@@ -67,6 +67,11 @@ class RunConfig:
     """Minutes after which the next step saves a checkpoint whatever its number; null: never."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay; older ones are removed after a newer is complete."""
+    keep_every: CountOrNone = 0
+    """Checkpoints of steps that this divides stay for good, besides the newest; 0: none."""
+    save_in_background: bool = True
+    """Copy what is to be saved to host memory and write it beside the steps that follow; the last save is waited for. Where half of
+    the free memory does not hold the copy, and with false, training waits until a checkpoint is written."""
     resume: Literal["newest", "newest_good"] = "newest"
     """The checkpoint to go on from: the newest, refused where it is damaged; or the newest whose files are what was written."""
     max_skipped_steps: Count = 10

@@ -8,7 +8,7 @@ parameter such a range is follows from models/parameters.py, and goes into the f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,11 +31,28 @@ def saved_architecture(saved: Saved, model: str) -> Architecture:
     return Architecture(**values)
 
 
-def write_own_part(path: Path, models: Mapping[str, TrainEngine], rank: int) -> Part:
-    """Write what this rank owns of `models` into the unfinished checkpoint of `path`. OSError where that fails.
+@dataclass(frozen=True)
+class OwnPart:
+    """What a rank owns of some models: model -> kind -> entry -> flat values, and model -> entry -> where they lie in the whole."""
 
-    Beside what the optimizer holds anyway it takes one buffer (and zeros for the moments before the first update).
-    """
+    tensors: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+    pieces: Mapping[str, Mapping[str, Piece]]
+
+    def on_host(self) -> OwnPart:
+        """A copy that later steps do not change: on the host, in pinned memory where the values are on a GPU."""
+        copies = {
+            model: {kind: {entry: _host_copy(values) for entry, values in of_kind.items()} for kind, of_kind in kinds.items()}
+            for model, kinds in self.tensors.items()
+        }
+        return OwnPart(copies, self.pieces)
+
+    def write(self, path: Path, rank: int) -> Part:
+        """Write it into the unfinished checkpoint of `path`, through one buffer. OSError where that fails."""
+        return write_part(path, rank, self.tensors, self.pieces)
+
+
+def own_part(models: Mapping[str, TrainEngine]) -> OwnPart:
+    """What this rank owns of `models`: views of what the optimizer holds (and zeros for the moments before the first update)."""
     tensors: dict[str, dict[str, dict[str, Tensor]]] = {}
     pieces: dict[str, dict[str, Piece]] = {}
     for name, engine in models.items():
@@ -50,11 +67,15 @@ def write_own_part(path: Path, models: Mapping[str, TrainEngine], rank: int) -> 
         owned = list(_owned(engine))
         pieces[name] = {entry: piece for entry, _, piece, _ in owned}
         tensors[name] = {kind: {entry: values(shard).view(-1)[span] for entry, shard, _, span in owned} for kind, values in kinds.items()}
-    return write_part(path, rank, tensors, pieces)
+    return OwnPart(tensors, pieces)
+
+
+def _host_copy(values: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values.detach())
 
 
 def bytes_owned(models: Mapping[str, TrainEngine]) -> int:
-    """Bytes of tensors that `write_own_part` writes on this rank."""
+    """Bytes of tensors that this rank's part has."""
     kinds = {engine: 4 if engine.ema is not None else 3 for engine in models.values()}
     return sum(4 * kinds[engine] * piece.num_elements for engine in kinds for _, _, piece, _ in _owned(engine))
 

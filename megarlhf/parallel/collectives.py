@@ -56,6 +56,13 @@ def largest_of_world(values: Sequence[int], world: World) -> list[int]:
     return whole.tolist()
 
 
+def sum_of_world(value: int, world: World) -> int:
+    """The sum of each rank's `value`."""
+    whole = torch.tensor([value], dtype=torch.int64, device=world.device)
+    dist.all_reduce(whole)
+    return int(whole)
+
+
 def broadcast_object(value: object, *, source: int = 0) -> object:
     """Rank `source`'s picklable value on every rank."""
     box = [value]
@@ -67,6 +74,13 @@ def gather_objects(value: object) -> list:
     """Each rank's picklable value, in rank order, on every rank."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_on_rank_0(value: object, world: World) -> list:
+    """Each rank's picklable value, in rank order, on rank 0; an empty list elsewhere."""
+    gathered: list = [None] * world.size if world.rank == 0 else []
+    dist.gather_object(value, gathered if world.rank == 0 else None)
     return gathered
 
 

@@ -72,6 +72,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def free_host_memory() -> int:
+    """Bytes of this machine's memory that programs can still take."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
+
+
 def peak_memory_is_of_phases() -> bool:
     """Whether `forget_peak_memory` can forget: only CUDA's allocator counts anew, a process's resident set does not."""
     return torch.cuda.is_available()

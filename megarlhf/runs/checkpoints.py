@@ -63,11 +63,12 @@ def find_source(path: str) -> Saved:
     return found[0]
 
 
-def prune(folder: Path, *, run: str, keep: int) -> None:
-    """Remove a run's own checkpoints but the newest `keep` and the best, and what interrupted saves left."""
+def prune(folder: Path, *, run: str, keep: int, keep_every: int = 0) -> None:
+    """Remove a run's own checkpoints but the newest `keep`, the best, and each `keep_every`-th step's; and what interrupted saves left."""
     best = best_step(folder)
     for saved in own_checkpoints(folder, run=run, skip_damaged=True)[0][keep:]:
-        if saved.state["step"] != best:
+        step = saved.state["step"]
+        if step != best and not (keep_every and step % keep_every == 0):
             shutil.rmtree(saved.path)
     for path in folder.iterdir():
         if PARTIAL.fullmatch(path.name) and path.is_dir() and not path.is_symlink():

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from tqdm import tqdm
 from megarlhf.config import ConfigError, dump_yaml
 from megarlhf.config.loader import to_dict
 from megarlhf.config.stage import StageConfig
-from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
@@ -29,14 +27,14 @@ from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
 from megarlhf.runs.lock import LOCK_FILE, FolderLock
 from megarlhf.runs.resume import config_changes
-from megarlhf.storage.checkpoints import Saved, finish, partial_folder
+from megarlhf.runs.saving import Saving
+from megarlhf.storage.checkpoints import Saved
 from megarlhf.storage.files import read_json, system_error, write_atomically
 from megarlhf.telemetry.samples import SampleLog
 from megarlhf.telemetry.sinks import Sink, make_sinks
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
-GIB = 2**30
 
 
 class Run:
@@ -63,6 +61,8 @@ class Run:
         self.resumed: Saved | None = None
         """The checkpoint that the run goes on from; None at its beginning."""
         self._changed: list[str] = []
+        self.saving = Saving(self.checkpoints, world, in_background=self.config.save_in_background, after=self._after_save)
+        """Its checkpoints as they are written."""
         try:
             self._open(fresh)
         except BaseException:
@@ -139,22 +139,10 @@ class Run:
     def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False, last: bool = False) -> None:
         """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.
 
-        Where the disk has no room for it that is said and the run goes on, unless it is the `last`: a RunError then, as when
-        writing fails, on every rank. What was there before stays.
+        With run.save_in_background it is written beside the steps that follow, and `saving.finish` is for the caller to call; not
+        the `last`, which is whole at the return. Where the disk has no room for it that is said and the run goes on, unless it is the
+        `last`: a RunError then, as when writing fails, on every rank. What was there before stays.
         """
-        path = self.checkpoints / f"step_{step:08d}"
-        if no_room := on_rank_0(self.world, self._make_room, path, sum(gather_objects(checkpoint.bytes_owned(models)))):
-            if last:
-                raise RunError(no_room)
-            self.say(f"{no_room}; it is not written, and training goes on")
-            return
-        part, problems = None, []
-        try:
-            part = checkpoint.write_own_part(path, models, self.world.rank)
-        except OSError as error:
-            problems = [f"the checkpoint of step {step} cannot be written: {system_error(error)}"]
-        refuse_together(problems, self.world, error=RunError)
-        parts = gather_objects(part)
         state = {
             "stage": self.stage,
             "run": self.id,
@@ -164,11 +152,14 @@ class Run:
             "sources": self.sources,
             "fingerprints": self.fingerprints,
         }
-        models_described = {name: checkpoint.describe(engine) for name, engine in models.items()}
-        on_rank_0(self.world, self._finish, path, parts, state, models_described, best)
+        if no_room := self.saving.start(state, models, best=best, wait=last):
+            if last:
+                raise RunError(no_room)
+            self.say(f"{no_room}; it is not written, and training goes on")
 
     def close(self) -> None:
         """Flush and close what is open, and let go of the folder."""
+        self.saving.join()  # nothing writes here once the lock is another's
         with contextlib.ExitStack() as closing:
             for log in (*self._sinks, *([self._samples] if self._samples else [])):
                 closing.callback(log.close)
@@ -213,22 +204,10 @@ class Run:
         for log in (*self._sinks, self._samples):
             log.truncate_after(self.stage, step)
 
-    def _make_room(self, path: Path, num_bytes: int) -> str | None:
-        """Make an empty folder to write into; returns what is wrong where the disk has no room for `num_bytes`."""
-        partial = partial_folder(path)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        if num_bytes > (free := shutil.disk_usage(self.checkpoints).free):
-            return f"{path} needs {num_bytes / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free"
-        partial.mkdir()
-        return None
-
-    def _finish(self, path: Path, parts: list, state: dict, models: dict, best: bool) -> None:
-        finish(path, parts, state, models)
+    def _after_save(self, step: int, best: bool) -> None:
         if best:
-            write_best(self.checkpoints, state["step"])
-        prune(self.checkpoints, run=self.id, keep=self.config.keep_checkpoints)
+            write_best(self.checkpoints, step)
+        prune(self.checkpoints, run=self.id, keep=self.config.keep_checkpoints, keep_every=self.config.keep_every)
 
     # On every rank
 

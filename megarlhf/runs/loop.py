@@ -109,6 +109,8 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
                 best = stage.is_best(evaluation)
                 metrics = metrics | evaluation
                 _say_evaluation(run, done, evaluation, best)
+            if lost := run.saving.take_seconds():
+                metrics["time/save_seconds"] = lost
             run.log(done, metrics, stage.samples)
             stage.samples = ()
             progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
@@ -149,10 +151,16 @@ class _Pace:
         self._since = time.monotonic()
 
     def after_step(self) -> tuple[int, bool]:
-        """(number of the signal that any rank received, 0 for none; whether rank 0's clock says that a save is due)."""
+        """(number of the signal that any rank received, 0 for none; whether rank 0's clock says that a save is due).
+
+        A checkpoint that every rank has written by now is finished here.
+        """
         minutes = self._run.config.save_minutes
         due = self._run.is_writer and minutes is not None and time.monotonic() - self._since >= 60 * minutes
-        asked, due = largest_of_world([self._interruption.received, int(due)], self._run.world)
+        mine = [self._interruption.received, int(due), int(self._run.saving.is_writing)]
+        asked, due, writing = largest_of_world(mine, self._run.world)
+        if not writing:
+            self._run.saving.finish()
         return asked, bool(due)
 
 
@@ -172,6 +180,8 @@ def divergence(models: Mapping[str, TrainEngine], *, max_skipped_steps: int, las
 
 
 def _where_it_stands(run: Run) -> str:
+    """The newest checkpoint, once the one that is being written is whole; on every rank."""
+    run.saving.finish()
     found = own_checkpoints(run.checkpoints, run=run.id, skip_damaged=True)[0]
     return f"the newest checkpoint is {found[0].path}" if found else "there is no checkpoint before it"
 

@@ -125,6 +125,7 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
 
         def step_or_stop(number):
             if number == stop_before:
+                run.saving.finish()
                 raise Interrupted
             return step(number)
 

@@ -230,7 +230,7 @@ def check_own_share(folder):
     alone = {name: mock.DEFAULT for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")}
     with mock.patch.multiple(dist, **alone) as collectives:
         (folder / "own.partial").mkdir(exist_ok=True)
-        part = checkpoint.write_own_part(folder / "own", engines, world.rank)
+        part = checkpoint.own_part(engines).write(folder / "own", world.rank)
     assert not any(collective.called for collective in collectives.values())
     return owned, written, part.seal.bytes
 

@@ -228,7 +228,7 @@ def write_checkpoint(path, engines, state, world):
     if world.rank == 0:
         partial_folder(path).mkdir(parents=True)
     world.barrier()
-    parts = gather_objects(checkpoint.write_own_part(path, engines, world.rank))
+    parts = gather_objects(checkpoint.own_part(engines).write(path, world.rank))
     if world.rank == 0:
         finish(path, parts, state, {name: checkpoint.describe(engine) for name, engine in engines.items()})
     world.barrier()

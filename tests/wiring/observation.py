@@ -14,7 +14,7 @@ and, because no file tells, seen in the program itself as it runs:
     passes/<role>            [rows, width] of every micro-batch of every pass
     steps/<role>/<term>/...  of every optimizer step: rows, tokens, weight and loss of each term; steps/<role>/rate
     answers/...              [rows, width] of every batch of prompts that were answered, and in what layout for what purpose
-    process/...              threads, time-out, sinks
+    process/...              threads, time-out, sinks; "process/saves": the thread that wrote each checkpoint
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 from unittest import mock
 
 import torch
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 from megarlhf import cli
 from megarlhf.engine import engine as engine_module
 from megarlhf.engine import trainable
+from megarlhf.engine.checkpoint import OwnPart
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.evaluation import responses
 from megarlhf.generation.generator import Generator
@@ -179,6 +181,11 @@ def watched(seen):
         seen["process/sinks"] = f"{kinds} {how['wandb_mode']}"
         return unwatched_sinks([kind for kind in kinds if kind == "jsonl"], run_dir, **how)
 
+    def write(part, path, rank):
+        add("process/saves", threading.current_thread().name)
+        return unwatched_write(part, path, rank)
+
+    unwatched_write = OwnPart.write
     unwatched_step, unwatched_answer, unwatched_generate = TrainEngine.step, Generator._answer, responses.generate
     unwatched_connect, unwatched_sinks = World.connect, run_folder.make_sinks
     from megarlhf.trainers import ppo
@@ -195,6 +202,7 @@ def watched(seen):
             (ppo, "generate", generate),
             (World, "connect", staticmethod(connect)),
             (run_folder, "make_sinks", make_sinks),
+            (OwnPart, "write", write),
         ):
             stack.enter_context(mock.patch.object(owner, name, watching))
         yield

@@ -54,9 +54,11 @@ def run_cases(*, three, seed, seed_may="", evaluated="metrics/valid/*", peak):
     online = {"process/sinks": "('jsonl', 'wandb') online"}
     return [
         Case("run.seed=2", seed, may=seed_may),
-        Case("run.save_every=2", "files", base=often),
-        Case("run.save_minutes=0", "files", base=often),
+        Case("run.save_every=2", "files", base=often, may="process/saves"),
+        Case("run.save_minutes=0", "files", base=often, may="process/saves"),
         Case("run.keep_checkpoints=1", "files", base=joined(three, "run.save_every=1")),
+        Case("run.keep_every=2", "files", base=joined(three, "run.save_every=1", "run.keep_checkpoints=1")),
+        Case("run.save_in_background=False", "process/saves", base=each, exact={"process/saves": ("MainThread",) * 3}),
         Case("run.resume=newest_good", "exit refused", may=f"* {GONE}", base=each, prepare="a damaged newest", exact={"exit": 0}),
         Case("run.max_skipped_steps=1", "refused metrics/step", may=f"* {STEPS}", base=broken, says="not finite in the last 1 steps"),
         Case("run.eval_every=1", evaluated, may="samples/* passes/* answers/*", base=three),
