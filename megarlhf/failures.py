@@ -14,13 +14,14 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from megarlhf.config import ConfigError
-from megarlhf.parallel.alarm import LOOK_SECONDS, Alarm, Rung, first_sentence, is_broken_connection
+from megarlhf.parallel.alarm import LOOK_SECONDS, Alarm, Rung, Whereabouts, first_sentence, is_broken_connection
 from megarlhf.parallel.launch import Place
 from megarlhf.runs.agreement import RunError
 from megarlhf.storage.files import system_error
@@ -67,12 +68,28 @@ def speak(command: str, error: BaseException, alarm: Alarm, place: Place) -> int
     if not alarm.claim(patience=patience):
         rung = alarm.wait(SPOKEN_SECONDS)
         return status if rung is None else status_of_other(rung, place)
+    if is_broken_connection(error):
+        text += f"\n{missing_from_roll(alarm.call_the_roll(place.size))}"
     where = f" (rank {place.rank} of {place.size})" if place.size > 1 and not together else ""
     say(command + where, text, place)
     alarm.ring(status)
     if place.size > 1:
         time.sleep(HEARD_SECONDS)  # the others leave before a launcher ends them, and before rank 0's store is gone
     return status
+
+
+def missing_from_roll(found: Sequence[Whereabouts | None]) -> str:
+    """Who kept the others waiting, as far as the roll says: ranks that do not answer, else those that wait for nobody."""
+    if silent := [rank for rank, answer in enumerate(found) if answer is None]:
+        last = next(answer.doing for answer in found if answer is not None)
+        return f"{_ranks(silent)} of {len(found)} did not answer when the roll was called in {last}: ended, stopped or out of reach"
+    busy = [(rank, answer) for rank, answer in enumerate(found) if answer is not None and not answer.waits]
+    lines = [f"rank {rank} of {len(found)} was not waiting for others, in {answer.doing}, at\n{answer.stack}" for rank, answer in busy]
+    return "\n".join(lines or [f"all {len(found)} ranks answered when the roll was called, and all were waiting for others"])
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def status_of_other(rung: Rung, place: Place) -> int:

@@ -1,22 +1,30 @@
 """When something goes wrong: which rank says it, and how the others hear that the run is over.
 
 Any rank can fail while the others wait for it in a collective. Through the store in which the ranks met, one rank claims the
-word; when it has spoken it rings, and every other rank ends without a word of its own.
+word; when it has spoken it rings, and every other rank ends without a word of its own. Where an exchange broke or took too long,
+the one that speaks first calls the roll: who does not answer has ended or is stopped, and who is not waiting for others keeps them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-SPEAKER, RUNG = "alarm/speaker", "alarm/rung"
+SPEAKER, RUNG, ROLL = "alarm/speaker", "alarm/rung", "alarm/roll"
+STIRRED = "alarm/stirred"
+"""Set with any of the others but the first: what a rank looks for."""
+ROLL_SECONDS = 3.0
+"""How long ranks have to answer when the roll is called."""
 LOOK_SECONDS = 0.5
 BROKEN_CONNECTION = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
@@ -46,6 +54,18 @@ class Rung:
     """Its machine."""
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """What a rank answers when the roll is called."""
+
+    doing: str
+    """What it said that it was doing: "step 12"."""
+    waits: bool
+    """Whether its main thread is in an exchange with other ranks."""
+    stack: str
+    """Of its main thread, innermost last, a line for each call."""
+
+
 def _look(store: dist.Store) -> Rung | None:
     if not store.check([RUNG]):
         return None
@@ -64,6 +84,8 @@ class Alarm:
         self._over = threading.Event()
         self.speaks = False
         """Whether this rank speaks or has spoken."""
+        self.doing = "its start"
+        """What this rank is at, in words."""
 
     def claim(self, *, patience: float) -> bool:
         """Whether this rank is the one to speak. With `patience` it first leaves the word to another for so many seconds."""
@@ -79,6 +101,31 @@ class Alarm:
         """Tell the others that all is said, the exit status, and from which machine."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._store.set(RUNG, f"{status} {socket.gethostname()}")
+            self._store.set(STIRRED, "")
+
+    def call_the_roll(self, size: int) -> list[Whereabouts | None]:
+        """Where each of `size` ranks is, None for those that have not answered within `ROLL_SECONDS`: called after an exchange failed.
+
+        Where the store itself does not answer that is rank 0, which serves it, and nothing is known of the others.
+        """
+        waiting = Whereabouts(self.doing, waits=True, stack="")
+        found: list[Whereabouts | None] = [waiting if rank == self._rank else None for rank in range(size)]
+        end = time.monotonic() + ROLL_SECONDS
+        try:
+            self._store.set(ROLL, "")
+            self._store.set(STIRRED, "")
+            while None in found and time.monotonic() < end:
+                time.sleep(0.05)
+                for rank in [rank for rank in range(size) if found[rank] is None and self._store.check([f"{ROLL}/{rank}"])]:
+                    found[rank] = Whereabouts(**json.loads(self._store.get(f"{ROLL}/{rank}")))
+        except (RuntimeError, dist.DistError):
+            return [None, *(waiting for _ in range(size - 1))]
+        return found
+
+    def _whereabouts(self) -> Whereabouts:
+        stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+        waits = any("torch/distributed/" in frame.filename for frame in stack[-4:])
+        return Whereabouts(self.doing, waits, "".join(traceback.format_list(stack[-12:])).rstrip())
 
     def wait(self, seconds: float) -> Rung | None:
         """What another rank rang; None when none did within so many seconds."""
@@ -95,10 +142,15 @@ class Alarm:
 
         def look() -> None:
             with contextlib.suppress(RuntimeError, OSError, dist.DistError):
-                store = self._reconnect()
+                store, answered = self._reconnect(), False
                 while not self._over.wait(LOOK_SECONDS):
-                    if not self.speaks and (rung := _look(store)) is not None:
+                    if self.speaks or not store.check([STIRRED]):
+                        continue
+                    if (rung := _look(store)) is not None:
                         leave(rung)
+                    elif not answered and store.check([ROLL]):
+                        store.set(f"{ROLL}/{self._rank}", json.dumps(asdict(self._whereabouts())))
+                        answered = True
 
         if self._reconnect is not None:
             threading.Thread(target=look, name="alarm", daemon=True).start()

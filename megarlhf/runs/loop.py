@@ -97,6 +97,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
     with Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer) as progress:
         for number in range(start, stage.total_steps):
             done, last, best = number + 1, number + 1 == stage.total_steps, False
+            run.world.alarm.doing = f"step {done}"
             metrics = stage.step(number)
             if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):
                 run.log(done, metrics)
