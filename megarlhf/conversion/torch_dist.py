@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ METADATA_RECORDS = frozenset(
         *(f"{_DCP}.planner.{name}" for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
         *(f"{_DCP}.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")),
         "torch.serialization._get_layout",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
     ]
 )
 """All that torch and megatron-core write into .metadata."""
@@ -96,8 +97,9 @@ class StoredTensor:
                 file.seek(chunk.start)
                 saved = io.BytesIO(file.read(chunk.length))
             values = torch.load(saved, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read where {self.name} should be: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # what is damaged makes torch's reader fail in any way
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} cannot be read where {self.name} should be: {why}") from error
         if not isinstance(values, Tensor) or tuple(values.shape) != chunk.sizes or values.dtype != self.dtype:
             raise ValueError(f"{path} holds another thing than {METADATA} says of {self.name}: {getattr(values, 'shape', values)}")
         return values
