@@ -33,6 +33,7 @@ setup(
         # that torch loads comes as source only and has to be compiled against the very torch that is installed (pip install
         # --no-build-isolation transformer-engine[pytorch]), and PyPI's "apex" is another program. NGC's images bring both.
         "gpu": ["nvidia-dali-cuda130"],
+        "dali": ["nvidia-dali-cuda130"],
         "parquet": ["pyarrow"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from megarlhf import __version__
 from megarlhf.config import COMMANDS, ConfigError, doubts, load_stage_config
 from megarlhf.config.documentation import describe
+from megarlhf.config.packages import missing_packages
 from megarlhf.config.paths import path_problems
 from megarlhf.config.stage import StageConfig
 from megarlhf.parallel.launch import Place, place_in_run
@@ -78,7 +79,7 @@ def _checked(options: argparse.Namespace, place: Place) -> tuple[StageConfig | N
         config = load_stage_config(options.config[0], options.overrides, command=options.command)
     except ConfigError as error:
         return None, f"the configuration is not valid:\n{error}"
-    problems = path_problems(config)
+    problems = path_problems(config) + missing_packages(config)
     if place.rank == 0:  # the only one that writes
         problems += check_sinks(config.run.sinks)
     return config, "\n".join(problems if len(problems) < 2 else ["several things are not there:", *problems]) or None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -203,16 +205,49 @@ class HeldOutTextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """One corpus of a blend."""
+
+    prefix: Corpus
+    """Path of its .bin and .idx files without their endings."""
+    weight: Positive
+    """Its share of the rows is this over the sum of all weights, whatever its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingDataConfig(HeldOutTextConfig):
     """Pretraining text in Megatron's .bin/.idx format, written by tools/preprocess_data.py, and held-out text beside it."""
 
-    prefix: Corpus
-    """Path of the .bin and .idx files without their endings."""
+    prefix: Corpus | None = None
+    """Path of the .bin and .idx files without their endings; null: `blend` names several."""
+    blend: tuple[CorpusConfig, ...] = ()
+    """Several corpora whose rows are mixed by weight: [{prefix: wiki, weight: 0.3}, {prefix: books, weight: 0.7}]."""
+    loader: Literal["default", "dali"] = "default"
+    """How rows are read: directly, or ahead of time by NVIDIA DALI (its package must be installed). Both give the same batches."""
+
+    def corpora(self) -> list[tuple[str, str, float]]:
+        """(key within the section, prefix, weight) of each corpus."""
+        if self.prefix is not None:
+            return [("prefix", self.prefix, 1.0)]
+        return [(f"blend[{number}].prefix", corpus.prefix, corpus.weight) for number, corpus in enumerate(self.blend)]
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        if (self.prefix is None) == (not self.blend):
+            given = "neither is" if self.prefix is None else "both are"
+            return [f"prefix (one corpus) or blend (several with weights) must be given, and not both; {given}"]
+        names = Counter(os.path.normpath(corpus.prefix) for corpus in self.blend)
+        return [
+            f"blend names {name} {count} times: name it once, with the sum of the weights" for name, count in names.items() if count > 1
+        ]
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        same = self.valid_prefix == self.prefix
-        return [f"valid_prefix is prefix, {self.prefix}: the loss on it is that of text trained on"] if same else []
+        return [
+            f"valid_prefix is {key}, {prefix}: the loss on it is that of text trained on"
+            for key, prefix, _ in self.corpora()
+            if prefix == self.valid_prefix
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`megarlhf convert --from ... --to ...`: a Hugging Face folder to a checkpoint of ours, or a run's model to a Hugging Face folder."""
+"""`megarlhf convert --from ... --to ...`: Hugging Face folders and Megatron-LM checkpoints in, Hugging Face folders out."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 
 import torch
 
-from megarlhf.conversion.from_hf import MODEL, from_hf
+from megarlhf.conversion.from_hf import from_hf
+from megarlhf.conversion.from_megatron import from_megatron
 from megarlhf.conversion.hf_folder import CONFIG
+from megarlhf.conversion.incoming import MODEL
 from megarlhf.conversion.new_folder import GIB
 from megarlhf.conversion.to_hf import Exported, to_hf
+from megarlhf.conversion.torch_dist import checkpoint_folder
 from megarlhf.conversion.verification import check_verifiable, verify
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import STATE_FILE, Saved, read_saved
 from megarlhf.storage.files import system_error
 
-SUMMARY = "Convert a Hugging Face folder to a checkpoint, or a model of a run to a Hugging Face folder."
+SUMMARY = "Convert a Hugging Face folder or a Megatron-LM checkpoint to one of ours, or a model of a run to a Hugging Face folder."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTWARD = ("model", "weights", "dtype", "family", "tokenizer")
 """Options that mean something on the way out only."""
@@ -43,6 +46,8 @@ def _convert(options: argparse.Namespace) -> list[str]:
     source, target = options.source, options.target
     if options.verify:
         check_verifiable()
+    if (megatron := checkpoint_folder(source)) is not None:
+        return _from_megatron(megatron, options)
     if not _is_ours(source):
         if given := [f"--{name}" for name in OUTWARD if getattr(options, name) is not None]:
             raise ValueError(f"{', '.join(given)}: of use only from one of our checkpoints, and {source} holds none")
@@ -53,6 +58,15 @@ def _convert(options: argparse.Namespace) -> list[str]:
     exported = chosen(find_source(str(source)), options.model, options.weights, DTYPES.get(options.dtype))
     said = to_hf(exported, target, tokenizer_path=options.tokenizer, family=options.family, shard_bytes=_bytes(options.shard_gb))
     return [*said, verify(target, exported)] if options.verify else said
+
+
+def _from_megatron(folder: Path, options: argparse.Namespace) -> list[str]:
+    if given := [f"--{name}" for name in (*OUTWARD, "verify") if name != "tokenizer" and getattr(options, name)]:
+        raise ValueError(f"{', '.join(given)}: of no use from a Megatron-LM checkpoint, which {folder} is")
+    if options.tokenizer is not None and not options.tokenizer.exists():
+        raise ValueError(f"--tokenizer: there is no {options.tokenizer}")
+    size = _bytes(options.shard_gb)
+    return from_megatron(folder, options.target, tokenizer=options.tokenizer, eos_token=options.eos_token, part_bytes=size)
 
 
 def chosen(saved: Saved, model: str | None, weights: str | None, dtype: torch.dtype | None) -> Exported:
@@ -84,14 +98,16 @@ def _failed(problem: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megarlhf convert", description=SUMMARY, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", type=Path, required=True, help="a Hugging Face folder; or a checkpoint or run of ours")
+    source = "a Hugging Face folder, a Megatron-LM checkpoint (torch_dist), or a checkpoint or run of ours"
+    parser.add_argument("--from", dest="source", type=Path, required=True, help=source)
     parser.add_argument("--to", dest="target", type=Path, required=True, help="the folder to make")
     parser.add_argument("--verify", action="store_true", help="build both models and compare them, where transformers is installed")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="GiB of a file, about (default: 4)")
-    parser.add_argument("--eos-token", help="the token that ends a text, where the Hugging Face folder does not say it")
+    parser.add_argument("--eos-token", help="the token that ends a text, where the files do not say it")
     parser.add_argument("--model", help="which model of a checkpoint: policy, value, ...")
     parser.add_argument("--weights", choices=("average", "newest"), help="by default the moving average where there is one")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="by default what the checkpoint holds: float32 after training")
     parser.add_argument("--family", help="model_type of the config.json, where several can describe the model")
-    parser.add_argument("--tokenizer", type=Path, help="the tokenizer, where it is not where the run had it")
+    tokenizer = "the tokenizer of a Megatron-LM checkpoint; of ours, where it is not where the run had it"
+    parser.add_argument("--tokenizer", type=Path, help=tokenizer)
     return parser

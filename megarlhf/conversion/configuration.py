@@ -29,7 +29,7 @@ ROPE_BASE = 10000.0
 ABSENT = object()
 
 
-class _Reader:
+class Reader:
     """Takes keys from a configuration and collects all that is wrong with them."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported; there are: {', '.join(FAMILIES)}")
-    reader = _Reader(config)
+    reader = Reader(config)
     if config.get("quantization_config") is not None:
         reader.problems.append("quantization_config: quantized weights are not supported; save the model dequantized")
     fields = READERS[model_type](reader)
@@ -100,7 +100,7 @@ def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
     return architecture
 
 
-def _gpt2(reader: _Reader) -> dict:
+def _gpt2(reader: Reader) -> dict:
     reader.only("scale_attn_weights", True)
     reader.only("scale_attn_by_inverse_layer_idx", False)
     reader.only("add_cross_attention", False)
@@ -117,7 +117,7 @@ def _gpt2(reader: _Reader) -> dict:
     }
 
 
-def _gpt_neox(reader: _Reader) -> dict:
+def _gpt_neox(reader: Reader) -> dict:
     reader.only("attention_bias", True)
     heads = reader.number("num_attention_heads")
     return {
@@ -130,7 +130,7 @@ def _gpt_neox(reader: _Reader) -> dict:
     }
 
 
-def _opt(reader: _Reader) -> dict:
+def _opt(reader: Reader) -> dict:
     reader.only("do_layer_norm_before", True)
     reader.only("_remove_final_layer_norm", False)
     reader.only("layer_norm_elementwise_affine", True)
@@ -144,30 +144,30 @@ def _opt(reader: _Reader) -> dict:
     }
 
 
-def _llama(reader: _Reader) -> dict:
+def _llama(reader: Reader) -> dict:
     bias = reader.flag("attention_bias", False)
     if reader.flag("mlp_bias", False) != bias:
         reader.problems.append(f"attention_bias {bias} with another mlp_bias is not supported, only biases in all linear layers or in none")
     return {**_like_llama(reader), "bias": bias}
 
 
-def _mistral(reader: _Reader) -> dict:
+def _mistral(reader: Reader) -> dict:
     _no_window(reader, reader.config.get("sliding_window", 4096))
     return _like_llama(reader)
 
 
-def _qwen2(reader: _Reader) -> dict:
+def _qwen2(reader: Reader) -> dict:
     _no_window_in_layers(reader)
     return {**_like_llama(reader), "qkv_bias": True}
 
 
-def _qwen3(reader: _Reader) -> dict:
+def _qwen3(reader: Reader) -> dict:
     _no_window_in_layers(reader)
     reader.only("attention_bias", False)
     return {**_like_llama(reader, head_size=reader.number("head_dim", 128)), "qk_norm": True}
 
 
-READERS: dict[str, Callable[[_Reader], dict]] = {
+READERS: dict[str, Callable[[Reader], dict]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,
@@ -178,7 +178,7 @@ READERS: dict[str, Callable[[_Reader], dict]] = {
 }
 
 
-def _sizes(reader: _Reader, ffn: str = "intermediate_size") -> dict:
+def _sizes(reader: Reader, ffn: str = "intermediate_size") -> dict:
     return {
         "num_layers": reader.number("num_hidden_layers"),
         "hidden_size": reader.number("hidden_size"),
@@ -188,7 +188,7 @@ def _sizes(reader: _Reader, ffn: str = "intermediate_size") -> dict:
     }
 
 
-def _like_llama(reader: _Reader, head_size: int | None = None) -> dict:
+def _like_llama(reader: Reader, head_size: int | None = None) -> dict:
     """Llama and what followed it: RMS norms, a gated feed-forward, rotary positions, grouped queries, no biases."""
     reader.only("hidden_act", "silu")
     sizes = _sizes(reader)
@@ -204,7 +204,7 @@ def _like_llama(reader: _Reader, head_size: int | None = None) -> dict:
     }
 
 
-def _rope(reader: _Reader, base_key: str = "rope_theta", fraction_key: str | None = None, fraction: float = 1.0) -> dict:
+def _rope(reader: Reader, base_key: str = "rope_theta", fraction_key: str | None = None, fraction: float = 1.0) -> dict:
     """Rotary positions, from `rope_parameters`, or from `rope_theta` and `rope_scaling` as files from before transformers 5 have them."""
     named = {"rope_theta": reader.config.get(base_key), "partial_rotary_factor": reader.config.get(fraction_key or "partial_rotary_factor")}
     found = {**named, **reader.mapping("rope_scaling"), **reader.mapping("rope_parameters")}
@@ -213,7 +213,7 @@ def _rope(reader: _Reader, base_key: str = "rope_theta", fraction_key: str | Non
     if not isinstance(kind, str) or kind not in ROPE_KEYS or kinds[-1] != kind:
         reader.problems.append(f"rotary scaling {' and '.join(map(repr, kinds))} is not supported, only {', '.join(ROPE_KEYS)}")
         return {}
-    rope = _Reader(found)
+    rope = Reader(found)
     turned = rope.number("partial_rotary_factor", fraction, kind=float)
     if fraction_key and reader.mapping("rope_parameters") and found["partial_rotary_factor"] is None:
         rope.problems.append("rope_parameters must say partial_rotary_factor in this family")
@@ -237,7 +237,7 @@ def _rope(reader: _Reader, base_key: str = "rope_theta", fraction_key: str | Non
     return fields
 
 
-def _no_window(reader: _Reader, window: Any) -> None:
+def _no_window(reader: Reader, window: Any) -> None:
     context = reader.config.get("max_position_embeddings")
     if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
         reader.problems.append(
@@ -246,7 +246,7 @@ def _no_window(reader: _Reader, window: Any) -> None:
         )
 
 
-def _no_window_in_layers(reader: _Reader) -> None:
+def _no_window_in_layers(reader: Reader) -> None:
     if reader.flag("use_sliding_window", False):
         _no_window(reader, reader.config.get("sliding_window", 4096))
         return

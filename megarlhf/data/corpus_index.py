@@ -17,6 +17,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 ID_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 """Megatron's codes of integer types; 6 and 7 are floating-point."""
+DOCUMENTS_SHOWN = 1000
+BLOCK = 2**20
+"""Entries that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class CorpusIndex:
     id_type: np.dtype
     num_tokens: int
     document_ends: np.ndarray
-    """[documents] int64: how many tokens lie before the end of each."""
+    """[documents] int64: how many tokens lie before the end of each; of those with text among the first DOCUMENTS_SHOWN."""
 
     @staticmethod
     def read(path: Path) -> CorpusIndex:
@@ -47,19 +50,42 @@ class CorpusIndex:
 
 
 def _checked(path: Path, id_type: np.dtype, num_sequences: int, num_indices: int) -> CorpusIndex:
+    """The index of files whose sizes fit, read a block at a time: memory does not grow with the corpus."""
     whole = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size)
     lengths = whole[: 4 * num_sequences].view(np.int32)
     starts = whole[4 * num_sequences : 12 * num_sequences].view(np.int64)
     first_sequences = whole[12 * num_sequences :].view(np.int64)
     if num_sequences == 0 or num_indices < 2:
         raise ValueError(f"{path} describes no document")
-    if lengths.min() < 0:
-        raise ValueError(f"{path}: sequence {int(lengths.argmin())} has a length of {lengths.min()}: it is damaged")
-    ends = np.cumsum(lengths, dtype=np.int64)
-    wrong = np.flatnonzero(starts != (ends - lengths) * id_type.itemsize)
-    if wrong.size:
-        raise ValueError(f"{path}: sequence {wrong[0]} starts at byte {starts[wrong[0]]}, not where the one before it ends: it is damaged")
-    if first_sequences[0] != 0 or first_sequences[-1] != num_sequences or (np.diff(first_sequences) < 0).any():
+    num_tokens = _tokens_in_order(path, lengths, starts, id_type.itemsize)
+    _require_rising(path, first_sequences, num_sequences)
+    shown = first_sequences[: DOCUMENTS_SHOWN + 1]
+    ends = np.cumsum(lengths[: shown[-1]], dtype=np.int64)
+    return CorpusIndex(id_type, num_tokens, ends[shown[1:][np.diff(shown) > 0] - 1])
+
+
+def _tokens_in_order(path: Path, lengths: np.ndarray, starts: np.ndarray, id_bytes: int) -> int:
+    """How many tokens there are. ValueError where a sequence does not begin where the one before it ends."""
+    num_tokens = 0
+    for at in range(0, len(lengths), BLOCK):
+        block = lengths[at : at + BLOCK]
+        if block.min() < 0:
+            raise ValueError(f"{path}: sequence {at + int(block.argmin())} has a length of {block.min()}: it is damaged")
+        ends = num_tokens + np.cumsum(block, dtype=np.int64)
+        wrong = np.flatnonzero(starts[at : at + BLOCK] != (ends - block) * id_bytes)
+        if wrong.size:
+            number = at + int(wrong[0])
+            raise ValueError(f"{path}: sequence {number} starts at byte {starts[number]}, not where the one before it ends: it is damaged")
+        num_tokens = int(ends[-1])
+    return num_tokens
+
+
+def _require_rising(path: Path, first_sequences: np.ndarray, num_sequences: int) -> None:
+    last = 0
+    rises = bool(first_sequences[0] == 0 and first_sequences[-1] == num_sequences)
+    for at in range(0, len(first_sequences), BLOCK):
+        block = first_sequences[at : at + BLOCK]
+        rises = rises and bool(block[0] >= last and (np.diff(block) >= 0).all())
+        last = block[-1]
+    if not rises:
         raise ValueError(f"{path}: its document indices do not rise from 0 to its {num_sequences} sequences: it is damaged")
-    with_text = first_sequences[1:][np.diff(first_sequences) > 0]
-    return CorpusIndex(id_type, int(ends[-1]), ends[with_text - 1])

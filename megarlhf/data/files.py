@@ -128,7 +128,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except BadRecord:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are no text, times that Python has not
         way_out = "Fetch or write it again; a file of JSON lines has another name."
         raise BadRecord(str(path), "damaged file", f"parquet breaks after row {number}: {error}", way_out) from error
 

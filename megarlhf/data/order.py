@@ -76,14 +76,18 @@ class ShuffledOrder:
         """The next `n` items; the list goes on into the next epoch where this one ends."""
         if n < 0:
             raise ValueError(f"cannot take {n} items; n must be at least 0")
-        taken: list[int] = []
-        while len(taken) < n:
-            start = self._num_taken % self.num_items
-            stop = min(self.num_items, start + n - len(taken))
-            part = Permutation(self.num_items, seed=self.seed, epoch=self.epoch)(np.arange(start, stop, dtype=np.uint64)).tolist()
-            taken += part
-            self._num_taken += len(part)
+        taken = self.at(self._num_taken, n)
+        self._num_taken += n
         return taken
+
+    def at(self, place: int, n: int) -> list[int]:
+        """The `n` items from `place` of the whole order on, wherever the cursor is."""
+        items: list[int] = []
+        while len(items) < n:
+            epoch, start = divmod(place + len(items), self.num_items)
+            stop = min(self.num_items, start + n - len(items))
+            items += Permutation(self.num_items, seed=self.seed, epoch=epoch)(np.arange(start, stop, dtype=np.uint64)).tolist()
+        return items
 
     def take_batch(self, n: int) -> list[int]:
         """The next `n` items of this epoch, or those that it has left where they are fewer: a batch is never of two epochs."""

@@ -1,87 +1,129 @@
-"""Packed pretraining text from Megatron's ``.bin``/``.idx`` files, for PPO-ptx and for the SFT mix.
-
-Documents end with EOS and are packed into full rows, with no mask between the documents of a row (Brown et al. 2020,
-section 2.1 and Appendix B). Row i of a corpus is its tokens [i * seq_len, (i + 1) * seq_len); the tail shorter than a
-row is the only thing left out.
+"""Pretraining text for PPO-ptx and for the SFT mix: rows of one or several corpora without end, and how corpora are written.
 
 The files are written by megatron-core and read here; the order is our own. Its `GPTDataset` must know the number of
 samples beforehand, masks and zeroes every token whose id is its pad id, and keeps index files that rank 0 writes beside
 the corpus and the others read without waiting. Here all ranks compute the same rows and write nothing.
-
-Opening a corpus reads it: SCANNED_BYTES of each file at most, all of a smaller one, else that much in blocks spread
-evenly from its first byte to its last. What is read is looked through for ids outside the vocabulary, and hashed with
-the file's size for the fingerprint. Rows are looked through again as they are drawn.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from torch import Tensor
 
 from megarlhf.batch import TextBatch
+from megarlhf.data.blend import BlendedOrder, BlendedText
 from megarlhf.data.collation import packed_text_batch
-from megarlhf.data.corpus_index import CorpusIndex
-from megarlhf.data.order import ShuffledOrder
+from megarlhf.data.corpus import Corpus, corpus_paths
+from megarlhf.data.loaders import make_loader
 
-WAY_OUT = "Make the corpus with tools/preprocess_data.py and the run's tokenizer"
-NUM_DOCUMENTS_CHECKED = 1000
-SCANNED_BYTES = 2**29
-BLOCK_BYTES = 2**22
+PASSES = 4
+MANY_PASSES = f"; is this meant? After about {PASSES} passes text teaches little more (Muennighoff et al. 2023)"
 
 
 class PretrainingStream:
-    """Rows of pretraining text without end, in a random order that is the same on every rank."""
+    """Rows of pretraining text without end, in a random order that is the same on every rank and with every loader."""
 
-    def __init__(self, prefix: str | Path, *, seq_len: int, seed: int, eos_id: int, vocab_size: int):
-        """Open ``<prefix>.bin`` and ``<prefix>.idx``; rows have `seq_len` tokens. Raises ValueError for an unusable corpus."""
-        self._corpus = _Corpus(prefix, seq_len=seq_len, eos_id=eos_id, vocab_size=vocab_size)
-        self._order = ShuffledOrder(self._corpus.num_rows, seed=seed)
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        *,
+        seed: int,
+        weights: Sequence[float] = (1.0,),
+        loader: Literal["default", "dali"] = "default",
+    ) -> None:
+        """Args: corpora: of one row length. weights: how their rows are shared out, see `BlendedOrder`."""
+        self.corpora, self._seed = tuple(corpora), seed
+        self._order = BlendedOrder([corpus.num_rows for corpus in corpora], weights, seed=seed)
+        self._loader = make_loader(loader, BlendedText(self.corpora, self._order))
+        self._num_taken = 0
 
     @property
     def num_rows(self) -> int:
-        """Full rows in the corpus."""
-        return self._corpus.num_rows
+        """Full rows in the corpora."""
+        return sum(corpus.num_rows for corpus in self.corpora)
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of the corpus's files, of samples where they are huge (see SCANNED_BYTES)."""
-        return self._corpus.fingerprint
-
-    @property
-    def epoch(self) -> int:
-        """How many times the whole corpus has been taken."""
-        return self._order.epoch
+    def epochs(self) -> list[float]:
+        """How many times each corpus has been taken."""
+        return self._order.epochs(self._num_taken)
 
     def take(self, n: int) -> TextBatch:
-        """The next `n` rows: tokens [n, seq_len], loss_mask [n, seq_len - 1] all True."""
-        return packed_text_batch(self._corpus.rows(self._order.take(n)))
+        """The next `n` rows: tokens [n, seq_len], loss_mask [n, seq_len - 1] all True.
 
-    def state_dict(self) -> dict[str, int]:
+        ValueError where an id is outside the vocabulary: a huge corpus is not looked through as a whole when it is opened.
+        """
+        rows = self._loader.rows(self._num_taken, n)
+        low, high = (int(end) for end in torch.aminmax(rows)) if rows.numel() else (0, 0)
+        if low < 0 or high >= self.corpora[0].vocab_size:
+            for corpus, row in self._order.rows(self._num_taken, n):
+                self.corpora[corpus].require_vocabulary(self.corpora[corpus].row(row))
+        self._num_taken += n
+        return packed_text_batch(rows)
+
+    def metrics(self) -> dict[str, float]:
+        """Of several corpora: how often each has been passed, and its share of the rows so far."""
+        if len(self.corpora) == 1 or not self._num_taken:
+            return {}
+        taken = self._order.taken(self._num_taken)
+        found = {}
+        for name, epochs, count in zip(self._names(), self.epochs, taken, strict=True):
+            found |= {f"text/{name}_epochs": epochs, f"text/{name}_row_share": count / self._num_taken}
+        return found
+
+    def notes(self, total_rows: int) -> list[str]:
+        """What is drawn from each corpus over a run of so many rows; of several, also whether one is passed again and again."""
+        lines = []
+        shares, epochs = self._order.shares, self._order.epochs(total_rows)
+        for corpus, share, passed in zip(self.corpora, shares, epochs, strict=True):
+            line = f"{corpus.prefix}: {corpus.num_rows} rows of {corpus.seq_len} tokens"
+            if len(self.corpora) > 1:
+                line += f", {float(share):.4g} of the rows drawn: passed {passed:.2f} times in this run"
+                line += MANY_PASSES if passed > PASSES else ""
+            lines.append(line)
+        return lines
+
+    def state_dict(self) -> dict:
         """The cursor, and what it is a cursor into."""
-        return {**self._order.state_dict(), "seq_len": self._corpus.seq_len, "num_tokens": self._corpus.num_tokens}
+        return {**self._identity(), "num_taken": self._num_taken}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Go to where `state` was saved. Raises ValueError for the state of another stream."""
-        for name, mine in (("seq_len", self._corpus.seq_len), ("num_tokens", self._corpus.num_tokens)):
-            if state[name] != mine:
+        for name, mine in self._identity().items():
+            if (theirs := state.get(name, ["1"] if name == "shares" else None)) != mine:
                 raise ValueError(
-                    f"the saved pretraining stream has {name} {state[name]}, {self._corpus.prefix} {name} {mine}: they are different "
-                    "streams. Resume with the corpus and row length that the checkpoint was trained with, or start a new run"
+                    f"the saved pretraining stream has {name} {theirs}, that of {', '.join(corpus.prefix for corpus in self.corpora)} "
+                    f"{name} {mine}: they are different streams. Resume with the corpora, weights, seed and row length that the "
+                    "checkpoint was trained with, or start a new run"
                 )
-        self._order.load_state_dict(state)
+        self._num_taken = state["num_taken"]
+
+    def _identity(self) -> dict:
+        return {
+            "seq_len": self.corpora[0].seq_len,
+            "num_tokens": sum(corpus.num_tokens for corpus in self.corpora),
+            "num_items": self.num_rows,
+            "seed": self._seed,
+            "shares": [str(share) for share in self._order.shares],
+        }
+
+    def _names(self) -> list[str]:
+        """Names of the files, with their number where several have one name."""
+        names = [Path(corpus.prefix).name for corpus in self.corpora]
+        return [f"{number}_{name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
 def held_out_rows(prefix: str | Path, *, seq_len: int, max_rows: int, eos_id: int, vocab_size: int) -> tuple[TextBatch, str]:
     """(the first `max_rows` rows of a corpus in order, all if it has fewer: tokens [rows, seq_len]; the corpus's fingerprint)."""
-    corpus = _Corpus(prefix, seq_len=seq_len, eos_id=eos_id, vocab_size=vocab_size)
-    return packed_text_batch(corpus.rows(range(min(max_rows, corpus.num_rows)))), corpus.fingerprint
+    corpus = Corpus(prefix, seq_len=seq_len, eos_id=eos_id, vocab_size=vocab_size)
+    rows = np.stack([corpus.row(index) for index in range(min(max_rows, corpus.num_rows))]).astype(np.int64)
+    corpus.require_vocabulary(rows)
+    return packed_text_batch(torch.from_numpy(rows)), corpus.fingerprint
 
 
 def write_corpus(prefix: str | Path, documents: Iterable[Sequence[int]], *, eos_id: int, vocab_size: int) -> tuple[int, int]:
@@ -91,7 +133,7 @@ def write_corpus(prefix: str | Path, documents: Iterable[Sequence[int]], *, eos_
     complete, so that a failed run leaves no corpus that looks like one. Returns (documents, tokens) written. Raises
     ValueError for an id outside the vocabulary, and for EOS inside a document, which would make two of it.
     """
-    bin_path, idx_path = _paths(prefix)
+    bin_path, idx_path = corpus_paths(prefix)
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     partial = [path.with_name(path.name + ".partial") for path in (bin_path, idx_path)]
     builder = IndexedDatasetBuilder(str(partial[0]), dtype=DType.optimal_dtype(vocab_size))
@@ -113,73 +155,3 @@ def write_corpus(prefix: str | Path, documents: Iterable[Sequence[int]], *, eos_
         for path in partial:
             path.unlink(missing_ok=True)
     return num_documents, num_tokens
-
-
-class _Corpus:
-    """The tokens of a corpus as one flat sequence on disk, cut into rows."""
-
-    def __init__(self, prefix: str | Path, *, seq_len: int, eos_id: int, vocab_size: int):
-        if seq_len < 2:
-            raise ValueError(f"seq_len is {seq_len}; a row needs 2 tokens or more to predict one")
-        self.prefix, self.seq_len, self._vocab_size = prefix, seq_len, vocab_size
-        bin_path, idx_path = _paths(prefix)
-        for path in (bin_path, idx_path):
-            if not path.is_file() or path.stat().st_size == 0:
-                raise ValueError(f"{path} is missing or empty. {WAY_OUT}")
-        index = CorpusIndex.read(idx_path)
-        self.num_tokens = index.num_tokens
-        expected_bytes = self.num_tokens * index.id_type.itemsize
-        if bin_path.stat().st_size != expected_bytes:
-            raise ValueError(f"{bin_path} has {bin_path.stat().st_size} bytes, its index describes {expected_bytes}. {WAY_OUT}")
-        self.num_rows = self.num_tokens // seq_len
-        if self.num_rows == 0:
-            raise ValueError(f"{prefix} has {self.num_tokens} tokens, fewer than one row of seq_len {seq_len}; lower seq_len or add text")
-        # Documents lie one after the other, so that the packed text is the file itself.
-        self._tokens = np.memmap(bin_path, dtype=index.id_type, mode="r")
-        self._require_eos(index.document_ends, eos_id)
-        self.fingerprint = self._scan(np.memmap(idx_path, dtype=np.uint8, mode="r"))
-
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """The rows at `indices`: [len(indices), seq_len] int64. Raises ValueError where an id is outside the vocabulary."""
-        rows = np.empty((len(indices), self.seq_len), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            row[:] = self._tokens[index * self.seq_len : (index + 1) * self.seq_len]
-        self._require_vocabulary(rows)
-        return torch.from_numpy(rows)
-
-    def _scan(self, index: np.ndarray) -> str:
-        """Look through the tokens, and hash them with the index's bytes."""
-        whole = hashlib.sha256(f"{self._tokens.nbytes} {index.nbytes}".encode())
-        for block in _blocks(index):
-            whole.update(block)
-        for block in _blocks(self._tokens):
-            self._require_vocabulary(block)
-            whole.update(block)
-        return whole.hexdigest()
-
-    def _require_vocabulary(self, ids: np.ndarray) -> None:
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise ValueError(
-                f"{self.prefix} has token ids in {ids.min()}..{ids.max()}, the vocabulary ids 0..{self._vocab_size - 1}: "
-                f"another tokenizer made it, or it is damaged. {WAY_OUT}"
-            )
-
-    def _require_eos(self, document_ends: np.ndarray, eos_id: int) -> None:
-        # Whether EOS was appended is the same for all documents of a corpus: the first ones tell.
-        ends = document_ends[:NUM_DOCUMENTS_CHECKED] - 1
-        wrong = np.flatnonzero(self._tokens[ends] != eos_id)
-        if wrong.size:
-            last = int(self._tokens[ends[wrong[0]]])
-            raise ValueError(f"document {wrong[0]} of {self.prefix} ends with token {last}, not with EOS {eos_id}. {WAY_OUT}")
-
-
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """All of `values` [n], or SCANNED_BYTES of it in evenly spread blocks, the first and the last among them."""
-    per_block = BLOCK_BYTES // values.itemsize
-    num_blocks = -(-len(values) // per_block)
-    for number in np.linspace(0, num_blocks - 1, min(num_blocks, SCANNED_BYTES // BLOCK_BYTES)).round().astype(np.int64):
-        yield values[number * per_block : (number + 1) * per_block]
-
-
-def _paths(prefix: str | Path) -> tuple[Path, Path]:
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")

@@ -102,7 +102,7 @@ class SentencePieceTokenizer:
         content = path.read_bytes()
         model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=content))
         self.vocab_size = model.get_piece_size()
-        pieces = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+        pieces = _read(path, lambda: {model.id_to_piece(i): i for i in range(model.get_piece_size())})
         named = _named(path, pieces, eos_token)
         self.eos_id = named.get("eos_token", model.eos_id())
         if self.eos_id < 0:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from megarlhf.config.relations import task_name
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig, TokenizerConfig
 from megarlhf.data.answers import Answer, AnswerRow, Label, answer_rows, answers_fingerprint, paired, read_answers, read_labels
+from megarlhf.data.corpus import Corpus
 from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.records import RecordReport, read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows
@@ -61,6 +62,7 @@ class Records:
         """"tokenizer", and the key of each file that was read -> a hash of its content as the run sees it."""
         self._paths: dict[str, str] = {"tokenizer": "tokenizer.path"}  # tokenizer first: see `agree`
         self._prompts: dict[str, set[bytes]] = {}
+        self._corpora: list[str] = []
 
     def demonstrations(
         self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None
@@ -119,20 +121,26 @@ class Records:
             self.notes += [f"win_rate.against: left out: {line}" for line in left_out]
         return pairs
 
-    def text(self, key: str, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
-        """Packed text without end; None where it cannot be read."""
-        seed = derive_seed(seed, "text")
-        stream = _noting(self.problems, PretrainingStream, data.prefix, seq_len=data.seq_len, seed=seed, **self._ids())
-        if stream is not None:
-            self._remember(key, data.prefix, stream.fingerprint)
-        return stream
+    def text(self, section: str, data: PretrainingDataConfig, *, seed: int) -> PretrainingStream | None:
+        """Packed text without end, from the corpora of the configuration's `section`; None where one of them cannot be read."""
+        corpora = []
+        for name, prefix, _ in data.corpora():
+            corpus = _noting(self.problems, Corpus, prefix, seq_len=data.seq_len, **self._ids())
+            if corpus is not None:
+                self._remember_apart(f"{section}.{name}", prefix, corpus.fingerprint)
+                corpora.append(corpus)
+        weights = [weight for *_, weight in data.corpora()]
+        if len(corpora) < len(weights):
+            return None
+        return PretrainingStream(corpora, weights=weights, seed=derive_seed(seed, "text"), loader=data.loader)
 
-    def held_out(self, key: str, data: HeldOutTextConfig | None, *, apart_from: str | None = None) -> HeldOutText:
-        """Held-out text, where there is any."""
+    def held_out(self, section: str, data: HeldOutTextConfig | None) -> HeldOutText:
+        """Held-out text of the configuration's `section`, where there is any."""
         held_out = _noting(self.problems, HeldOutText.of, data, **self._ids()) or HeldOutText(None)
         if held_out.fingerprint is not None:
-            self._remember(key, data.valid_prefix, held_out.fingerprint)
-            self._require_apart(key, apart_from)
+            self._remember(f"{section}.valid_prefix", data.valid_prefix, held_out.fingerprint)
+            for name in self._corpora:
+                self._require_apart(f"{section}.valid_prefix", name)
         return held_out
 
     def agree(self, world: World) -> list[str]:
@@ -179,6 +187,16 @@ class Records:
         self.notes += [str(report), *(f"  skipped {example}" for example in report.examples)]
         if report.num_skipped > len(report.examples):
             self.notes.append(f"  and {report.num_skipped - len(report.examples)} more")
+
+    def _remember_apart(self, key: str, path: str, fingerprint: str) -> None:
+        """Remember a corpus, which must not be another one of the blend under another name."""
+        self._remember(key, path, fingerprint)
+        for other in self._corpora:
+            if self.fingerprints[other] == fingerprint:
+                self.problems.append(
+                    f"{key}: {path} has the content of {other}, {self._paths[other]}: name it once, with the sum of the weights"
+                )
+        self._corpora.append(key)
 
     def _remember(self, key: str, path: str, fingerprint: str) -> None:
         self.fingerprints[key] = fingerprint

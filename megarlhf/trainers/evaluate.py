@@ -58,7 +58,7 @@ class _Data:
         prompts = records.prompts("prompts", config.prompts)
         rankings = records.rankings("rankings", config.rankings)
         demonstrations = records.demonstrations("demonstrations", config.demonstrations)
-        held_out = records.held_out("text.valid_prefix", config.text)
+        held_out = records.held_out("text", config.text)
         tasks = records.tasks("tasks", config.tasks, shots=config.shots, seed=config.run.seed)
         ours = records.answers("win_rate.responses", config.win_rate.responses)
         theirs = records.answers("win_rate.against", config.win_rate.against)

@@ -75,12 +75,13 @@ class ProximalPolicyOptimization(Stage):
         self.tokenizer = tokenizer
         self.prompts = prompts
         records = Records(tokenizer, config.limits)
-        key = "data.pretraining.prefix"
-        self.text = records.text(key, config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
-        self.held_out = records.held_out("data.pretraining.valid_prefix", config.data.pretraining, apart_from=key)
+        section, text = "data.pretraining", config.data.pretraining
+        self.text = records.text(section, text, seed=config.run.seed) if config.ppo.ptx_coef else None
+        self.held_out = records.held_out(section, text)
         problems = [*problems, *records.agree(run.world), *run.keep(records.fingerprints)]
         self.roles = PpoModels.build(config, run, tokenizer, problems=problems)
-        self.notes = self.roles.notes
+        rows = self.settings.iterations * self.settings.epochs * self.settings.batch_size * self.settings.ptx_ratio
+        self.notes = [*(self.text.notes(rows) if self.text else []), *self.roles.notes]
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.generator = PolicyGenerator(self.roles, tokenizer)
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
@@ -135,6 +136,7 @@ class ProximalPolicyOptimization(Stage):
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
         metrics = {"rollout/kl_coef": self.kl_coef, **value_metrics(judged.values, returns, mask)}
         metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
+        metrics |= self.text.metrics() if self.text else {}
         metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
         self.adapt_kl(metrics["rollout/kl"])
         trained = sum(result.tokens for result in (*policy_steps, *value_steps))

@@ -24,15 +24,15 @@ class Pretraining(Stage):
         self.config = config
         tokenizer = open_tokenizer(config.tokenizer, run.world)
         records = Records(tokenizer, LimitsConfig())
-        self.text = records.text("data.prefix", config.data, seed=config.run.seed)
-        self.held_out = records.held_out("data.valid_prefix", config.data, apart_from="data.prefix")
+        self.text = records.text("data", config.data, seed=config.run.seed)
+        self.held_out = records.held_out("data", config.data)
         problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
         planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
         plan = planner.plan("model", config.model, "lm", rows=row_lengths(config)["model"])
         planner.check()
         self.model = planner.build_trained(plan)
         self.models = {"model": self.model}
-        self.notes = [f"{config.data.prefix}: {self.text.num_rows} rows of {config.data.seq_len} tokens", *planner.notes]
+        self.notes = [*self.text.notes(config.steps * config.batch_size), *planner.notes]
         self.total_steps = config.steps
         self.phases = Phases()
 
@@ -44,7 +44,7 @@ class Pretraining(Stage):
         with self.phases("step"):
             rows = self.text.take(self.config.batch_size)
             result = self.model.step([Term("model", LanguageModelLoss(), rows)], learning_rate=rate)
-        return step_metrics("model", [result], rate) | self.phases.metrics(step=result.tokens)
+        return step_metrics("model", [result], rate) | self.text.metrics() | self.phases.metrics(step=result.tokens)
 
     def evaluate(self) -> dict[str, float]:
         """Language-model loss on held-out text."""

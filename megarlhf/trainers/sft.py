@@ -40,9 +40,9 @@ class SupervisedFineTuning(Stage):
         records = Records(self.tokenizer, config.limits)
         self.demonstrations = records.demonstrations("data.train", data.train, batch=("batch_size", config.batch_size))
         valid = records.demonstrations("data.valid", data.valid, apart_from="data.train")
-        key, mix = "data.pretraining.prefix", config.pretraining_mix
-        self.text = records.text(key, data.pretraining, seed=config.run.seed) if mix else None
-        self.held_out = records.held_out("data.pretraining.valid_prefix", data.pretraining, apart_from=key)
+        mix, section = config.pretraining_mix, "data.pretraining"
+        self.text = records.text(section, data.pretraining, seed=config.run.seed) if mix else None
+        self.held_out = records.held_out(section, data.pretraining)
 
         problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
         planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
@@ -56,8 +56,10 @@ class SupervisedFineTuning(Stage):
         self.model = planner.build_trained(plan, dropout=config.dropout)
         self.models = {"model": self.model}
         self.judge = self._judge(valid, planner.build_frozen(reward) if reward else None) if valid else None
-        self.notes = [*records.notes, *planner.notes]
         self.total_steps = config.epochs * math.ceil(len(self.demonstrations) / config.batch_size)
+        self.text_rows = max(1, round(mix * config.batch_size))
+        text_notes = self.text.notes(self.total_steps * self.text_rows) if self.text else []
+        self.notes = [*records.notes, *text_notes, *planner.notes]
         refuse_long_warmup(config.schedule, self.total_steps)
         self.best: float | None = None
         self.phases = Phases()
@@ -76,8 +78,7 @@ class SupervisedFineTuning(Stage):
         demonstrations = Term("model", loss, text_batch(rows, pad_id=self.tokenizer.pad_id), weight=1 - mix)
         if self.text is None:
             return [demonstrations]
-        num_rows = max(1, round(mix * self.config.batch_size))
-        return [demonstrations, Term("pretraining", loss, self.text.take(num_rows), weight=mix)]
+        return [demonstrations, Term("pretraining", loss, self.text.take(self.text_rows), weight=mix)]
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the next batch."""
@@ -86,7 +87,8 @@ class SupervisedFineTuning(Stage):
         with self.phases("step"):
             terms = self.next_terms()
             result = self.model.step(terms, learning_rate=rate)
-        return step_metrics("model", [result], rate) | pretraining_shares(terms) | self.phases.metrics(step=result.tokens)
+        shares = pretraining_shares(terms) | (self.text.metrics() if self.text else {})
+        return step_metrics("model", [result], rate) | shares | self.phases.metrics(step=result.tokens)
 
     def evaluate(self) -> dict[str, float]:
         """Loss on validation demonstrations and on held-out text, and the reward of sampled responses where there is a judge."""

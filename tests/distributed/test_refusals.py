@@ -145,7 +145,7 @@ def check_old_copy(yaml, overrides, name, key, old):
 
         return there
 
-    read = ("read_demonstrations", "read_prompts", "read_rankings", "PretrainingStream", "load_tokenizer")
+    read = ("read_demonstrations", "read_prompts", "read_rankings", "Corpus", "load_tokenizer")
     with contextlib.ExitStack() as stack:
         if World.connect().rank == 1:
             for function in read:

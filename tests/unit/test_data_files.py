@@ -57,6 +57,13 @@ def test_a_bad_record_is_named_in_each_kind_of_file(tmp_path, name):
         read_prompts(tmp_path / f"none.{name}")
 
 
+def test_a_parquet_column_whose_name_is_no_text_is_a_damaged_file(tmp_path):
+    path = parquet(tmp_path / "a.parquet", RECORDS)
+    path.write_bytes(path.read_bytes().replace(b"response", b"resp\xefnse"))
+    with pytest.raises(BadRecord, match=r"a\.parquet: damaged file: parquet breaks after row 0: 'utf-8' codec"):
+        read_demonstrations(path)
+
+
 @pytest.mark.parametrize("on_bad_record", ["raise", "skip"])
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_a_torn_file_is_named_whatever_is_done_with_bad_records(tmp_path, name, on_bad_record):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megarlhf.data import pretraining
+from megarlhf.data import corpus as corpus_module
+from megarlhf.data.corpus import Corpus
 from megarlhf.data.pretraining import PretrainingStream, held_out_rows, write_corpus
 from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 
@@ -34,6 +35,12 @@ def corpus(tmp_path):
     return tmp_path / "corpus"
 
 
+def stream_of(*prefixes, seq_len, seed, eos_id=EOS, vocab_size=VOCAB, **options):
+    return PretrainingStream(
+        [Corpus(prefix, seq_len=seq_len, eos_id=eos_id, vocab_size=vocab_size) for prefix in prefixes], seed=seed, **options
+    )
+
+
 def packed(seq_len):
     flat = [token for document in documents() for token in [*document, EOS]]
     return [tuple(flat[i : i + seq_len]) for i in range(0, len(flat) - seq_len + 1, seq_len)]
@@ -42,32 +49,32 @@ def packed(seq_len):
 @pytest.mark.parametrize("seq_len", [2, 16, 100])
 def test_each_epoch_holds_exactly_the_packed_corpus(corpus, seq_len):
     expected = packed(seq_len)
-    stream = PretrainingStream(corpus, seq_len=seq_len, seed=1, **KINDS)
+    stream = stream_of(corpus, seq_len=seq_len, seed=1)
     assert stream.num_rows == len(expected)
     orders = []
     for epoch in range(3):
-        assert stream.epoch == epoch
+        assert stream.epochs == [epoch]
         batch = stream.take(len(expected))
         assert batch.loss_mask.all() and batch.loss_mask.shape == (len(expected), seq_len - 1)
         orders.append([tuple(row) for row in batch.tokens.tolist()])
         assert sorted(orders[-1]) == sorted(expected)
     assert orders[0] != orders[1] != orders[2] != expected
     held_out, fingerprint = held_out_rows(corpus, seq_len=seq_len, max_rows=3, **KINDS)
-    assert fingerprint == stream.fingerprint
+    assert fingerprint == stream.corpora[0].fingerprint
     assert [tuple(row) for row in held_out.tokens.tolist()] == expected[:3]
     assert held_out_rows(corpus, seq_len=seq_len, max_rows=10**9, **KINDS)[0].num_rows == len(expected)
 
 
 @pytest.mark.parametrize("before", [0, 3, 50])
 def test_a_resumed_stream_equals_an_uninterrupted_one(corpus, before):
-    stream, resumed = (PretrainingStream(corpus, seq_len=16, seed=1, **KINDS) for _ in range(2))
+    stream, resumed = (stream_of(corpus, seq_len=16, seed=1) for _ in range(2))
     stream.take(before)
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     for n in (1, 40, 7):
         assert stream.take(n).tokens.equal(resumed.take(n).tokens)
     for kwargs in ({"seq_len": 15, "seed": 1}, {"seq_len": 16, "seed": 2}):
         with pytest.raises(ValueError, match="different"):
-            PretrainingStream(corpus, **kwargs, **KINDS).load_state_dict(stream.state_dict())
+            stream_of(corpus, **kwargs).load_state_dict(stream.state_dict())
 
 
 def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path):
@@ -81,7 +88,7 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path):
 
 def test_an_unusable_corpus_is_refused(corpus, tmp_path):
     def open_stream(prefix=corpus, **changes):
-        return PretrainingStream(prefix, **{"seq_len": 16, "seed": 1, **KINDS, **changes})
+        return stream_of(prefix, **{"seq_len": 16, "seed": 1, **changes})
 
     with pytest.raises(ValueError, match="none.bin is missing or empty.*preprocess_data"):
         open_stream(tmp_path / "none")
@@ -148,7 +155,7 @@ def test_a_damaged_index_is_refused_by_its_name(corpus):
         whole = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"corpus.idx.*{said}"):
-            pytest.fail(f"{what}: {PretrainingStream(corpus, seq_len=16, seed=1, **KINDS)}")
+            pytest.fail(f"{what}: {stream_of(corpus, seq_len=16, seed=1)}")
         path.write_bytes(whole)
     rng = random.Random(2)
     for _ in range(300):  # any byte of it: refused, or harmless
@@ -156,7 +163,7 @@ def test_a_damaged_index_is_refused_by_its_name(corpus):
         content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         try:
-            assert PretrainingStream(corpus, seq_len=16, seed=1, **KINDS).num_rows == len(packed(16))
+            assert stream_of(corpus, seq_len=16, seed=1).num_rows == len(packed(16))
         except ValueError as error:
             assert "corpus" in str(error)
 
@@ -168,16 +175,16 @@ def test_an_id_outside_the_vocabulary_is_found_before_it_is_drawn(corpus, at, ba
     ids[at] = bad
     ids.tofile(f"{corpus}.bin")
     with pytest.raises(ValueError, match=f"corpus has token ids in .*{bad}.*the vocabulary ids 0..{VOCAB - 1}"):
-        PretrainingStream(corpus, seq_len=16, seed=1, **KINDS)
+        stream_of(corpus, seq_len=16, seed=1)
 
 
 def test_a_fingerprint_is_of_the_content(corpus, tmp_path):
     def fingerprint(ids, name="other"):
         write_corpus(tmp_path / name, ids, **KINDS)
-        return PretrainingStream(tmp_path / name, seq_len=16, seed=1, **KINDS).fingerprint
+        return Corpus(tmp_path / name, seq_len=16, **KINDS).fingerprint
 
     same = fingerprint(documents())
-    assert same == PretrainingStream(corpus, seq_len=32, seed=2, **KINDS).fingerprint
+    assert same == Corpus(corpus, seq_len=32, **KINDS).fingerprint
     changed = documents()
     changed[3][0] += 1
     moved = documents()
@@ -187,10 +194,10 @@ def test_a_fingerprint_is_of_the_content(corpus, tmp_path):
 
 def test_a_huge_corpus_is_read_in_blocks_from_its_first_byte_to_its_last(corpus, monkeypatch):
     values = np.arange(1000, dtype=np.int32)
-    monkeypatch.setattr(pretraining, "BLOCK_BYTES", 40)
-    assert np.concatenate(list(pretraining._blocks(values))).tolist() == values.tolist()
-    monkeypatch.setattr(pretraining, "SCANNED_BYTES", 400)
-    blocks = list(pretraining._blocks(values))
+    monkeypatch.setattr(corpus_module, "BLOCK_BYTES", 40)
+    assert np.concatenate(list(corpus_module._blocks(values))).tolist() == values.tolist()
+    monkeypatch.setattr(corpus_module, "SCANNED_BYTES", 400)
+    blocks = list(corpus_module._blocks(values))
     assert len(blocks) == 10 and blocks[0][0] == 0 and blocks[-1][-1] == 999 and all(len(block) == 10 for block in blocks)
     assert np.ptp(np.diff([block[0] for block in blocks])) <= 10
 

@@ -81,12 +81,12 @@ def test_held_out_text_that_is_trained_on_is_refused(tmp_path):
     for valid, refused in (("a", True), ("b", True), ("c", False)):
         read = records()
         data = PretrainingDataConfig(prefix=str(tmp_path / "a"), valid_prefix=str(tmp_path / valid), seq_len=4)
-        read.text("data.prefix", data, seed=1)
-        assert read.held_out("data.valid_prefix", data, apart_from="data.prefix").rows is not None
+        read.text("data", data, seed=1)
+        assert read.held_out("data", data).rows is not None
         assert any("has the content of data.prefix" in problem for problem in read.problems) is refused
         assert read.fingerprints.keys() == {"tokenizer", "data.prefix", "data.valid_prefix"}
     read = records()
-    assert read.held_out("text.valid_prefix", HeldOutTextConfig(valid_prefix=str(tmp_path / "none"), seq_len=4)).rows is None
+    assert read.held_out("text", HeldOutTextConfig(valid_prefix=str(tmp_path / "none"), seq_len=4)).rows is None
     assert "none.bin is missing" in read.problems[0]
 
 

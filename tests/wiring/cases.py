@@ -1,5 +1,6 @@
 """Every key of every command: what it is set to, and what that changes. Names of observations are in `observation`."""
 
+from megarlhf.config.packages import has_dali
 from tests.wiring.case import Case
 from tests.wiring.sections import (
     frozen_cases,
@@ -28,6 +29,10 @@ def pretraining_data_cases(key, *, text):
         Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*"),
         Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains),
         Case(f"{key}.valid_rows=2", held_out, may="passes/*"),
+        Case(f"{key}.blend=[{{prefix: {R}/corpus, weight: 1.0}}, {{prefix: {R}/rows, weight: 3.0}}] {key}.prefix=null",
+             f"{tokens} metrics/text/rows_row_share fingerprints/{key}.blend*", may=f"{trains} said/{R}/rows"),
+        # the batches are the same, bit for bit
+        Case(f"{key}.loader=dali", "") if has_dali() else refused(f"{key}.loader=dali", f"{key}.loader: dali needs NVIDIA DALI, which is not installed"),
     ]
 
 
@@ -59,7 +64,7 @@ DATA_NOTES = " ".join(f"said/{R}/{name}.jsonl" for name in (
     "demonstrations", "demonstrations_valid", "other_demonstrations", "rankings", "rankings_valid", "other_rankings", "prompts",
     "prompts_valid", "other_prompts",
 ))  # fmt: skip
-TEXT_GONE = "steps/model/pretraining/rows steps/model/pretraining/tokens steps/model/pretraining/objective fingerprints/data.pretraining.prefix"
+TEXT_GONE = "steps/model/pretraining/rows steps/model/pretraining/tokens steps/model/pretraining/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
 
 SFT = [
     *run_cases(three="batch_size=8", seed="steps/model/model/tokens steps/model/pretraining/tokens cursors/order/seed cursors/text/seed samples/response",
@@ -141,7 +146,7 @@ PPO_STEPS = (
     "metrics/policy/learning_rate metrics/value/learning_rate steps/policy/policy/rows steps/policy/policy/objective "
     "steps/policy/ptx/rows steps/policy/ptx/objective steps/value/value/rows steps/value/value/objective"
 )
-PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix"
+PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
 OTHER_POLICY = "* models/policy/architecture/* said/generation"
 
 PPO = [
@@ -184,7 +189,7 @@ PPO = [
     Case("ppo.standardize_advantages=false", "policy/exp_avg/*", may=POLICY),
     Case("ppo.ptx_coef=27.0", "steps/policy/ptx/objective policy/exp_avg/*", may=POLICY),
     Case("ppo.ptx_coef=0", "metrics/ptx/loss cursors/text/num_taken steps/policy/ptx/rows", may=f"{POLICY} cursors/text/* metrics/throughput/* {PTX_GONE}"),
-    Case("ppo.ptx_ratio=2", "steps/policy/ptx/rows cursors/text/num_taken", may=f"{POLICY} metrics/throughput/* {PTX_GONE.replace(' fingerprints/data.pretraining.prefix', '')}",
+    Case("ppo.ptx_ratio=2", "steps/policy/ptx/rows cursors/text/num_taken", may=f"{POLICY} metrics/throughput/* {PTX_GONE.split(' fingerprints')[0]}",
          exact={"steps/policy/ptx/rows": (16,)}),
     Case("ppo.unfinished_penalty=-3.0", SCORES, may=RETURNS, exact={"metrics/rollout/reward_mean": (-3.0,)}),
     Case("ppo.recompute_logprobs=false", "metrics/rollout/generator_logprob_gap passes/policy", rounding=f"* {KL} {RETURNS} samples/*"),

@@ -11,6 +11,8 @@ from megarlhf.config.fields import without_none, without_rules
 WITHOUT_CASE = {
     # "command key" with "*" -> why no case changes it
     "* run.dir": "each case's run has a folder of its own, and all that is observed is read there",
+    "* *blend[[]].prefix": "the list is set as a whole, by a case of blend: an override names no item of it",
+    "* *blend[[]].weight": "as above",
     "sft reward.architecture.*": "a model that is never trained has no architecture of its own: the whole section is refused, by a case",
     "ppo reward.architecture.*": "as above",
     "ppo reference.architecture.*": "as above",

@@ -1,6 +1,7 @@
 """The smallest recipe in which every key has something to act on: each training stage is one optimizer step."""
 
-from megarlhf.data.tokenizers import train_sentencepiece
+from megarlhf.data.pretraining import write_corpus
+from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 from tests.distributed.recipe import make_data, write_lines
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 40, "init_std": 0.3}
@@ -24,6 +25,9 @@ def make_wiring_data(folder):
     """The recipe's data, and some that is wrong, short or other."""
     make_data(folder)
     train_sentencepiece([f"{i} is {i * i}, and {i + 1} is not." for i in range(4000)], folder / "other", vocab_size=400)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    text = [tokenizer.encode(f"row {i} of another corpus") for i in range(40)]
+    write_corpus(folder / "rows", text, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     good = [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)]
     write_lines(folder / "broken.jsonl", [*good, {"prompt": 7}])
     for name, records in OTHER.items():
