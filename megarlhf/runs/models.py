@@ -16,6 +16,7 @@ from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
 from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
+from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import find_source
@@ -61,6 +62,21 @@ class ModelPlan:
         recompute = self.config.recompute if isinstance(self.config, TrainedModelConfig) else "none"
         return ModelSpec(
             architecture=self.architecture, head=self.head, precision=self.config.precision, recompute=recompute, dropout=dropout
+        )
+
+    def frozen(self, world: World) -> FrozenEngine:
+        """The model for forward passes, its weights unset."""
+        return FrozenEngine(self.spec(), world.groups(self.layout), micro_batch_size=self.config.micro_batch_size)
+
+    def trained(self, world: World, *, seed: int, dropout: float = 0.0) -> TrainEngine:
+        """The model with a new optimizer, its weights unset."""
+        assert isinstance(self.config, TrainedModelConfig)
+        return TrainEngine(
+            self.spec(dropout=dropout),
+            world.groups(self.layout),
+            micro_batch_size=self.config.micro_batch_size,
+            adam=adam_settings(self.config.adam),
+            seed=seed,
         )
 
     def __str__(self) -> str:
@@ -204,20 +220,13 @@ class ModelPlanner:
 
     def build_frozen(self, plan: ModelPlan) -> FrozenEngine:
         """The model with its weights, for forward passes."""
-        engine = FrozenEngine(plan.spec(), self.world.groups(plan.layout), micro_batch_size=plan.config.micro_batch_size)
+        engine = plan.frozen(self.world)
         self._fill(engine, plan)
         return engine
 
     def build_trained(self, plan: ModelPlan, *, dropout: float = 0.0) -> TrainEngine:
         """The model with its weights and a new optimizer."""
-        assert isinstance(plan.config, TrainedModelConfig)
-        engine = TrainEngine(
-            plan.spec(dropout=dropout),
-            self.world.groups(plan.layout),
-            micro_batch_size=plan.config.micro_batch_size,
-            adam=adam_settings(plan.config.adam),
-            seed=self.seed,
-        )
+        engine = plan.trained(self.world, seed=self.seed, dropout=dropout)
         if not plan.resumed:
             self._fill(engine, plan)
         return engine

@@ -1,0 +1,94 @@
+"""`megarlhf plan --config run.yaml --nodes N --gpu GPU`: what a run needs and how long it takes, before it is queued; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarlhf.config import ConfigError
+from megarlhf.planning.hardware import GB, GPUS, RESERVED_BYTES, Cluster
+from megarlhf.storage.files import system_error
+
+SUMMARY = "Plan a run: memory of every kind of rank in every phase, time, and whether it fits; exit status 1 where it does not."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan as the command line says; returns the exit status: 0, 1 where the run does not fit, 2 for what the user can mend."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}: keys are given without dashes, as key=value")
+    options.overrides += rest
+    try:
+        return _plan(options)
+    except ConfigError as error:
+        return _failed(str(error), 2)
+    except OSError as error:
+        return _failed(system_error(error), 1)
+    except KeyboardInterrupt:
+        return _failed("stopped by Ctrl-C", 130)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megarlhf.planning.models import run_models
+    from megarlhf.planning.plan import make_plan
+    from megarlhf.planning.report import as_json, as_text
+
+    cluster = cluster_of(options)
+    given = dict(_assignment(word) for word in options.architecture)
+    plan = make_plan(run_models(options.config, options.overrides, given, cluster.num_ranks), cluster)
+    print(as_text(plan), end="", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
+    if options.png is not None:
+        from megarlhf.planning.picture import draw
+
+        draw(plan, options.png)
+    return 0 if plan.fits else 1
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """The cluster that the options describe. ConfigError where a number makes no sense."""
+    for name in ("nodes", "gpus_per_node", "inside_gbps", "between_gbps"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    gpu = GPUS[options.gpu]
+    inside, between = ((gbps * GB / 8 if gbps else None) for gbps in (options.inside_gbps, options.between_gbps))
+    return Cluster(
+        gpu=gpu, nodes=options.nodes, gpus_per_node=options.gpus_per_node, inside=inside or gpu.inside, between=between or gpu.between,
+        reserved_bytes=options.reserve_gb * GB,
+    )
+
+
+def _assignment(word: str) -> tuple[str, str]:
+    role, equals, preset = word.partition("=")
+    if not (role and equals and preset):
+        raise ConfigError(f"--architecture {word}: it is given as MODEL=PRESET, such as policy=gpt3-175b")
+    return role, preset
+
+
+def _failed(problem: str, status: int) -> int:
+    print(f"megarlhf plan: {problem}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megarlhf plan", description=SUMMARY, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default: 8)")
+    parser.add_argument("--gpu", choices=tuple(GPUS), required=True, help="kind of GPU")
+    parser.add_argument("--inside-gbps", type=float, help="gigabits per second of one GPU to others of its node (default: NVLink's)")
+    parser.add_argument("--between-gbps", type=float, help="gigabits per second of one GPU to other nodes (default: InfiniBand's)")
+    parser.add_argument("--reserve-gb", type=float, default=RESERVED_BYTES / GB, help="GB for CUDA and NCCL (default: %(default)g)")
+    parser.add_argument(
+        "--architecture", action="append", default=[], metavar="MODEL=PRESET", help="what a model is whose checkpoint is not here"
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--png", type=Path, help="draw memory and time into this file (needs matplotlib: pip install megarlhf[plan])")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
+    return parser
