@@ -11,6 +11,8 @@ from megarlhf.models.transformer import DTYPES, Precision
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
 
 GB = 1e9
+LEAST_RESERVED = 1e9
+"""CUDA's context and NCCL's buffers: no run has less."""
 
 
 def bytes_kept(
@@ -50,13 +52,13 @@ def does_not_fit(what: str, needed: float, capacity: float, reserved: float, *, 
     )
 
 
-def start_problems(kept: Sequence[tuple[str, int]], capacity: float | None, reserved: float, *, rank: int, device: str) -> list[str]:
+def start_problems(kept: Sequence[tuple[str, int]], capacity: float | None, *, rank: int) -> list[str]:
     """Why a run cannot start, in the words of a plan: what its models keep between steps is more than the device has.
 
     Args: kept: (model, bytes); capacity: of the device in bytes, None where that is not known (the CPU).
     """
     needed = sum(size for _, size in kept)
-    if capacity is None or needed + reserved <= capacity:
+    if capacity is None or needed + LEAST_RESERVED <= capacity:
         return []
     models = ", ".join(f"{role} {size / GB:.1f} GB" for role, size in kept)
-    return [does_not_fit(f"what rank {rank} keeps between steps ({models})", needed, capacity, reserved, device=device)]
+    return [does_not_fit(f"what rank {rank} keeps between steps ({models})", needed, capacity, LEAST_RESERVED, device="GPU here")]

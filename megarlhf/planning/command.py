@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from megarlhf.config import ConfigError
 from megarlhf.planning.hardware import GB, GPUS, RESERVED_BYTES, Cluster
 from megarlhf.storage.files import system_error
@@ -17,12 +19,16 @@ SUMMARY = "Plan a run: memory of every kind of rank in every phase, time, and wh
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as the command line says; returns the exit status: 0, 1 where the run does not fit, 2 for what the user can mend."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[2:] if arguments is None else arguments)
+    reshard = words[:1] == ["reshard"]
+    parser = _reshard_parser() if reshard else _parser()
+    options, rest = parser.parse_known_args(words[reshard:])
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}: keys are given without dashes, as key=value")
-    options.overrides += rest
     try:
+        if reshard:
+            return _reshard(options)
+        options.overrides += rest
         return _plan(options)
     except ConfigError as error:
         return _failed(str(error), 2)
@@ -50,6 +56,22 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+def _reshard(options: argparse.Namespace) -> int:
+    from megarlhf.models.architecture import make_architecture
+    from megarlhf.planning.reshard_command import as_text, parse_layout, traffic
+
+    source = parse_layout(options.source)
+    target = parse_layout(options.target, source.num_ranks)
+    options.nodes = max(1, source.num_ranks // options.gpus_per_node)
+    try:
+        architecture = make_architecture(options.preset, vocab_size=options.vocab_size)
+    except ValueError as error:
+        raise ConfigError(f"--preset: {error}") from error
+    moved = traffic(architecture, source, target, gpus_per_node=options.gpus_per_node)
+    print(as_text(moved, cluster_of(options)), end="", flush=True)
+    return 0
+
+
 def cluster_of(options: argparse.Namespace) -> Cluster:
     """The cluster that the options describe. ConfigError where a number makes no sense."""
     for name in ("nodes", "gpus_per_node", "inside_gbps", "between_gbps"):
@@ -64,11 +86,17 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     )
 
 
-def _assignment(word: str) -> tuple[str, str]:
-    role, equals, preset = word.partition("=")
-    if not (role and equals and preset):
-        raise ConfigError(f"--architecture {word}: it is given as MODEL=PRESET, such as policy=gpt3-175b")
-    return role, preset
+def _assignment(word: str) -> tuple[str, dict]:
+    """ "policy=gpt3-175b" or "policy={num_layers: 80, ...}" as (model, fields of an architecture)."""
+    role, equals, text = word.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not role or not isinstance(value, str | dict):
+        form = "MODEL=PRESET, such as policy=gpt3-175b, or MODEL={num_layers: ..., ...}"
+        raise ConfigError(f"--architecture {word}: it is given as {form}")
+    return role, {"preset": value} if isinstance(value, str) else value
 
 
 def _failed(problem: str, status: int) -> int:
@@ -80,11 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megarlhf plan", description=SUMMARY, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default: 8)")
-    parser.add_argument("--gpu", choices=tuple(GPUS), required=True, help="kind of GPU")
-    parser.add_argument("--inside-gbps", type=float, help="gigabits per second of one GPU to others of its node (default: NVLink's)")
-    parser.add_argument("--between-gbps", type=float, help="gigabits per second of one GPU to other nodes (default: InfiniBand's)")
-    parser.add_argument("--reserve-gb", type=float, default=RESERVED_BYTES / GB, help="GB for CUDA and NCCL (default: %(default)g)")
+    _add_hardware(parser)
     parser.add_argument(
         "--architecture", action="append", default=[], metavar="MODEL=PRESET", help="what a model is whose checkpoint is not here"
     )
@@ -92,3 +116,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--png", type=Path, help="draw memory and time into this file (needs matplotlib: pip install megarlhf[plan])")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
     return parser
+
+
+def _reshard_parser() -> argparse.ArgumentParser:
+    summary = "What moves when weights are published from one layout to another: bytes per rank, busiest link, memory, seconds."
+    parser = argparse.ArgumentParser(prog="megarlhf plan reshard", description=summary, allow_abbrev=False)
+    parser.add_argument("--from", dest="source", required=True, metavar="LAYOUT", help="the training layout, such as tp8pp8dp16")
+    parser.add_argument("--to", dest="target", required=True, metavar="LAYOUT", help="the generation layout, such as tp8pp1")
+    parser.add_argument("--preset", required=True, help="the model, such as gpt3-175b")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="ids of its vocabulary (default: GPT-2's %(default)d)")
+    _add_hardware(parser)
+    return parser
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default: 8)")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80gb", help="kind of GPU (default: %(default)s)")
+    parser.add_argument("--inside-gbps", type=float, help="gigabits per second of one GPU to others of its node (default: NVLink's)")
+    parser.add_argument("--between-gbps", type=float, help="gigabits per second of one GPU to other nodes (default: InfiniBand's)")
+    parser.add_argument("--reserve-gb", type=float, default=RESERVED_BYTES / GB, help="GB for CUDA and NCCL (default: %(default)g)")

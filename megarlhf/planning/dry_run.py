@@ -99,7 +99,7 @@ class Recorder:
     def _name_holdings(self) -> None:
         for role, engine in self.engines.items():
             for kind, tensors in holdings(engine).items():
-                self.meter.retag(tensors, f"{role} {kind}")
+                self.meter.retag(tensors, f"{role}: {kind}")
             self.run.held[role] = bytes_held(engine)
 
     def use(self, groups: ModelGroups, *, logits_width: int = 0) -> None:
@@ -221,5 +221,5 @@ def tags_by_kind(peak: dict[str, int]) -> Counter:
     """Bytes at a peak by kind, over all models."""
     kinds: Counter = Counter()
     for tag, size in peak.items():
-        kinds[tag.rpartition(" ")[2] if " " in tag else tag] += size
+        kinds[tag.rpartition(": ")[2]] += size
     return kinds

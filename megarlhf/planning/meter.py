@@ -153,6 +153,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device == self.device:
+            self.reads.append(self.cost.copy())
         if self.device.type == "meta":
             if func.namespace == "c10d":
                 return self._collective(func, args, kwargs)
@@ -165,7 +167,6 @@ class Meter(TorchDispatchMode):
         return out
 
     def _read(self, tensor: Tensor) -> bool | int | float:
-        self.reads.append(self.cost.copy())
         value = self.answers.pop(0) if self.answers else READ
         return bool(value) if tensor.dtype == torch.bool else float(value) if tensor.is_floating_point() else value
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarlhf.config import ConfigError, load_stage_config
+from megarlhf.config.architecture import ArchitectureConfig
 from megarlhf.config.sections import ModelConfig, ParallelConfig
 from megarlhf.config.stage import StageConfig
 from megarlhf.data.tokenizers import load_tokenizer
@@ -44,10 +45,10 @@ class RunModels:
     """Layouts that are too large for so few ranks, and were planned with fewer stages: such a run does not start."""
 
 
-def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, str], num_ranks: int) -> RunModels:
+def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], num_ranks: int) -> RunModels:
     """Resolve the models of the run that the YAML file at `path` describes.
 
-    Where a model's `load` is not there, its architecture is that of `given` (role -> preset), else of the YAML file beside `path`, or in
+    Where a model's `load` is not there, its architecture is that of `given` (role -> fields), else of the YAML file beside `path`, or in
     a folder beside that one, whose run.dir it is; else of the preset after whose size a part of its path is named.
 
     ConfigError lists whatever does not fit.
@@ -112,16 +113,25 @@ def _vocab_size(config: StageConfig, notes: list[str]) -> int:
     return GPT2_VOCAB
 
 
+def _made_of(fields: dict, vocab_size: int) -> Architecture:
+    """ValueError where these are no fields of an architecture."""
+    known = {field.name for field in dataclasses.fields(ArchitectureConfig)}
+    if unknown := fields.keys() - known:
+        raise ValueError(f"an architecture has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(known))}")
+    chosen = {name: value for name, value in fields.items() if name not in ("preset", "init_std")}
+    return make_architecture(fields.get("preset"), vocab_size=vocab_size, **chosen)
+
+
 class _Architectures:
     """Finds the architecture of each model."""
 
-    def __init__(self, path: Path, given: Mapping[str, str], vocab_size: int, notes: list[str]) -> None:
+    def __init__(self, path: Path, given: Mapping[str, dict], vocab_size: int, notes: list[str]) -> None:
         self.path, self.given, self.vocab_size, self.notes = path, given, vocab_size, notes
 
     def of(self, role: str, head: str, model: ModelConfig) -> Architecture:
         """ValueError where nothing says it, with the way out."""
         if role in self.given:
-            return make_architecture(self.given[role], vocab_size=self.vocab_size)
+            return _made_of(self.given[role], self.vocab_size)
         if model.load is None:
             return self._configured(model)
         if Path(model.load).exists():
@@ -130,9 +140,7 @@ class _Architectures:
         return self._not_here(role, model, self.path)
 
     def _configured(self, model: ModelConfig) -> Architecture:
-        fields = dataclasses.asdict(model.architecture)
-        del fields["init_std"]
-        return make_architecture(fields.pop("preset"), vocab_size=self.vocab_size, **fields)
+        return _made_of(dataclasses.asdict(model.architecture), self.vocab_size)
 
     def _not_here(self, role: str, model: ModelConfig, path: Path) -> Architecture:
         for other in sorted(path.parent.glob("*.yaml")) + sorted(path.parent.parent.glob("*/*.yaml")):

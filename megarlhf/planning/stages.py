@@ -119,7 +119,7 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
         engines["policy"].start_ema(s.ema_decay)
         roles = PpoModels(**engines, generation_groups=world.groups(models.generation), notes=())
         recorder.use(roles.generation_groups)
-        with recorder.meter.tagged("generation weights"):
+        with recorder.meter.tagged("generation: weights"):
             generator = PolicyGenerator(roles, Ends())
 
     policy_loss, text_loss = PolicyLoss(clip=s.clip, temperature=sampling.temperature), LanguageModelLoss()
