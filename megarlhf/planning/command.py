@@ -45,6 +45,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     cluster = cluster_of(options)
     given = dict(_assignment(word) for word in options.architecture)
+    if options.search:
+        return _search(options, given, cluster)
     plan = make_plan(run_models(options.config, options.overrides, given, cluster.num_ranks), cluster)
     print(as_text(plan), end="", flush=True)
     if options.json is not None:
@@ -53,6 +55,27 @@ def _plan(options: argparse.Namespace) -> int:
         from megarlhf.planning.picture import draw
 
         draw(plan, options.png)
+    return 0 if plan.fits else 1
+
+
+def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluster) -> int:
+    from megarlhf.planning.models import run_models
+    from megarlhf.planning.plan import make_plan
+    from megarlhf.planning.report import as_json, as_text
+    from megarlhf.planning.search import Estimator, search
+    from megarlhf.planning.search import as_text as as_ranking
+
+    estimator = Estimator(options.config, options.overrides, given, cluster)
+    found = search(estimator)
+    print(as_ranking(found, cluster), flush=True)
+    if not found.best:
+        return 1
+    best = found.best[0]
+    keys = best.choice.overrides(estimator.role)
+    plan = make_plan(run_models(options.config, [*options.overrides, *keys], given, cluster.num_ranks), cluster)
+    print(f"the first of them, dry-run: {' '.join(keys)}\n\n{as_text(plan)}", end="", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
     return 0 if plan.fits else 1
 
 
@@ -112,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--architecture", action="append", default=[], metavar="MODEL=PRESET", help="what a model is whose checkpoint is not here"
     )
+    parser.add_argument("--search", action="store_true", help="look for the fastest layout that fits, and plan that")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--png", type=Path, help="draw memory and time into this file (needs matplotlib: pip install megarlhf[plan])")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")

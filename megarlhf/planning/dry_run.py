@@ -27,6 +27,8 @@ from megarlhf.planning.meter import Axis, Cost, Meter
 AXES = ("world", "outputs", "copy", "dp", "pp_back", "pp", "embeddings", "tp")
 """Process groups of a model; where two have the same ranks the later name stands."""
 ACTIVATIONS = "activations"
+OF_PHASES = (ACTIVATIONS, "logits", "key-value cache", "buckets", "other")
+"""Tags of what a phase holds beside what is kept between steps."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megarlhf.config import ConfigError
-from megarlhf.planning.dry_run import tags_by_kind
+from megarlhf.planning.dry_run import OF_PHASES, tags_by_kind
 from megarlhf.planning.estimate import TERMS
+from megarlhf.planning.holdings import KINDS
 from megarlhf.planning.plan import OF_A_STEP, Plan
 
 GB = 1e9
@@ -30,9 +31,9 @@ def draw(plan: Plan, path: Path) -> None:
 
 def _memory(plan: Plan, axes) -> None:
     peaks = {phase: tags_by_kind(plan.runs[plan.peak(phase)[1]].peaks[phase]) for phase in plan.phases}
-    _stack(axes, peaks, list(dict.fromkeys(kind for peak in peaks.values() for kind in sorted(peak, key=lambda kind: -peak[kind]))), GB)
+    _stack(axes, peaks, [*KINDS, *OF_PHASES], GB)
     axes.axhline(plan.cluster.usable_bytes / GB, color="black", linestyle="--")
-    axes.text(0, plan.cluster.usable_bytes / GB, "limit", va="bottom")
+    axes.text(0.5, plan.cluster.usable_bytes / GB + 0.5, "limit")
     axes.set_ylabel("GB live at the peak, of the rank that holds most")
     axes.set_title("memory of each phase")
 
@@ -51,4 +52,4 @@ def _stack(axes, bars: dict, kinds: list[str], unit: float) -> None:
         if any(heights):
             axes.bar(list(bars), heights, bottom=bottoms, label=kind)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megarlhf.planning.dry_run import tags_by_kind
+from megarlhf.planning.dry_run import OF_PHASES, tags_by_kind
 from megarlhf.planning.estimate import TERMS
 from megarlhf.planning.holdings import KINDS
 from megarlhf.planning.plan import OF_A_STEP, Plan
 
 GB = 1e9
-OF_PHASES = ("activations", "logits", "key-value cache", "buckets", "other")
 BAR = 40
 
 
