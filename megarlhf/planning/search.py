@@ -100,8 +100,7 @@ class Unit:
     score_seconds: Line
     """Of all rows of a step through this model (and the reference), on one copy of the calibration's dp."""
     generate_seconds: Line
-    """Of all rows of a step, likewise."""
-    micro_batches: int
+    """Of one batch of the generator."""
     dp: int
 
     def mixed(self, other: Unit, share: float) -> Unit:
@@ -110,7 +109,7 @@ class Unit:
         for name in ("update_bytes", "generate_bytes", "update_seconds", "score_seconds", "generate_seconds"):
             a, b = getattr(self, name), getattr(other, name)
             lines[name] = Line(a.at_one + share * (b.at_one - a.at_one), a.per_more + share * (b.per_more - a.per_more))
-        return Unit(**lines, micro_batches=self.micro_batches, dp=self.dp)
+        return Unit(**lines, dp=self.dp)
 
 
 class Estimator:
@@ -170,12 +169,18 @@ class Estimator:
 
     def _small(self, key: tuple[int, str, int], layers: int) -> RunModels:
         tp, recompute, size = key
-        layout = ParallelLayout.over(self.cluster.num_ranks, tp=tp, pp=1, sequence_parallel=tp > 1)
-        small = {role: self._few_layers(layers) for role in self.models.plans if role in (self.role, "reference") or self.role == "policy"}
-        keys = Choice(layout, size, recompute).overrides(self.role)
-        for role in self.others if self.role == "policy" else ():
-            keys.append(f"{role}.parallel={{tp: {tp}}}")
-        return run_models(self.path, [*self.overrides, *keys], self.given | small, self.cluster.num_ranks)
+        rows, batch = self._generated()
+        layout = ParallelLayout(tp=tp, dp=max(1, rows // batch), sequence_parallel=tp > 1)
+        keys = Choice(layout, size, recompute).overrides(self.role) + [f"{role}.parallel={{tp: {tp}}}" for role in self.others]
+        small = {role: self._few_layers(layers) for role in self.models.plans}
+        return run_models(self.path, [*self.overrides, *keys], self.given | small, layout.num_ranks)
+
+    def _generated(self) -> tuple[int, int]:
+        """(rows that are sampled in a step, most rows of a batch of the generator)."""
+        if self.role != "policy":
+            return 1, 1
+        c = self.models.config
+        return c.ppo.batch_size, c.generation.sampling.max_batch_size or -(-c.ppo.batch_size // min(c.ppo.batch_size, self.cluster.nodes))
 
     def _unit(self, one: RankRun, two: RankRun, models: RunModels) -> Unit:
         def line(value) -> Line:
@@ -196,14 +201,17 @@ class Estimator:
         number = next(part.micro_batches for part in one.parts if part.model == self.role and part.what == passes)
         steps = self._steps()
         update = line(seconds("update", (self.role,), passes))
+        dp = models.plans[self.role].layout.dp
+        rows, batch = self._generated()
+        batches = max(1.0, rows / dp / batch)
+        generate = line(seconds("generate", (self.role,)))
         return Unit(
             update_bytes=line(beyond("update")),
             generate_bytes=line(beyond("generate")),
             update_seconds=Line(update.at_one / number / steps, update.per_more / number / steps),
             score_seconds=line(seconds("score", (self.role, "reference"))),
-            generate_seconds=line(seconds("generate", (self.role,))),
-            micro_batches=number,
-            dp=models.plans[self.role].layout.dp,
+            generate_seconds=Line(generate.at_one / batches, generate.per_more / batches),
+            dp=dp,
         )
 
     def _steps(self) -> int:
@@ -255,7 +263,10 @@ class Estimator:
         head = unit.update_bytes.at_one - unit.update_bytes.per_more  # beside the layers: of the embedding or of the head
         peaks = {"update": kept + copy + head + unit.update_bytes.per_more * in_flight}
         if self.role == "policy":
-            peaks["generate"] = kept + copy + unit.generate_bytes.at(a.num_layers if choice.gathered else here)
+            rows, batch = self._generated()
+            share = -(-rows // (layout.num_ranks // layout.tp if choice.gathered else layout.dp))
+            beyond = unit.generate_bytes.at(a.num_layers if choice.gathered else here)
+            peaks["generate"] = kept + copy + beyond * min(1.0, share / batch)
         return peaks
 
     @staticmethod
@@ -283,7 +294,9 @@ class Estimator:
         if self.role == "policy":
             share = unit.dp / layout.dp  # rows of a copy, over those of the calibration's
             seconds += share * unit.score_seconds.at(a.num_layers / layout.pp)
-            seconds += (1.0 if choice.gathered else share) * unit.generate_seconds.at(a.num_layers)
+            rows, batch = self._generated()
+            of_copy = rows / (layout.num_ranks // layout.tp if choice.gathered else layout.dp)
+            seconds += max(1.0, of_copy / batch) * unit.generate_seconds.at(a.num_layers)
             if choice.gathered:
                 whole = ParallelLayout.over(layout.num_ranks, tp=layout.tp, pp=1)
                 moved = self._kept(self.models.plans["reference"], whole, 0)["weights"] * (layout.pp - 1) / layout.pp

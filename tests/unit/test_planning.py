@@ -11,13 +11,13 @@ import pytest
 from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.planning import command
+from megarlhf.planning import command, search
 from megarlhf.planning.dry_run import Part
 from megarlhf.planning.estimate import part_seconds, seconds_of
 from megarlhf.planning.hardware import CALL_SECONDS, GPUS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
 from megarlhf.planning.meter import Cost, Link
 from megarlhf.planning.models import run_models
-from megarlhf.planning.plan import Plan
+from megarlhf.planning.plan import Plan, make_plan
 from megarlhf.planning.rank_classes import rank_classes
 from megarlhf.planning.report import as_json, as_text
 from megarlhf.planning.reshard_command import parse_layout, traffic
@@ -172,3 +172,24 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
     assert plan["step_seconds"] > 0 and plan["seconds"]["update"]["bubble"] > 0
     assert command.main([*words, "--reserve-gb", "42.3"]) == 1
     assert "GB are missing" in capsys.readouterr().out
+
+
+BIG = {"num_layers": 12, "hidden_size": 2048, "num_heads": 16, "max_seq_len": 1024}
+
+
+def test_a_search_finds_the_best_of_its_space_and_the_best_is_as_estimated(monkeypatch):
+    monkeypatch.setattr(search, "RECOMPUTE", ("none", "full"))
+    path, cluster = ROOT / "examples/6b/pretrain.yaml", dataclasses.replace(CLUSTER, nodes=1)
+    overrides = ["batch_size=64", "data.seq_len=1024", f"model.architecture={json.dumps(BIG)}"]
+    estimator = search.Estimator(path, overrides, {}, cluster)
+    space = [estimator.estimate(choice) for choice in estimator.candidates()]
+    found = search.search(estimator)
+    assert len({estimate.choice for estimate in space}) == len(space) == len(found.best) + len(found.too_large) > 100
+    assert found.best[0].seconds == min(e.seconds for e in space if e.peak_bytes <= cluster.usable_bytes)
+    for best in (found.best[0], next(e for e in found.best if e.choice.layout.pp > 1)):
+        plan = make_plan(run_models(path, [*overrides, *best.choice.overrides("model")], {}, 8), cluster)
+        assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
+        assert best.peak_bytes == pytest.approx(plan.peak("update")[0], rel=0.1), best
+    tight = dataclasses.replace(cluster, reserved_bytes=H100.memory_bytes - min(e.peak_bytes for e in space) - 1)
+    estimator.cluster = tight
+    assert len(search.search(estimator).best) == 1 and "fell out for their memory" in search.as_text(search.search(estimator), tight)
