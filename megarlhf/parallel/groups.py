@@ -154,6 +154,8 @@ class World:
         """This rank's group among disjoint ones, `apart` from the usual one of these peers; None where it is in none of them."""
         if peers and len(peers[0]) == self.size and not apart:
             return dist.group.WORLD
+        if peers and len(peers[0]) == 1:
+            return self._group_of_this_rank()
         key = (apart, tuple(map(tuple, peers)))
         if key not in self._groups:
             made = {ranks: dist.new_group(list(ranks), timeout=self.timeout) for ranks in key[1]}
