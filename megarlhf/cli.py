@@ -26,6 +26,7 @@ DESCRIPTION = "Train language models to follow instructions with human feedback 
 DEFAULT_TIMEOUT_MINUTES = 30.0
 TOOLS = {
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
+    "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
 }
 """Commands that are no stage: the module whose `main` runs the words after its name, and what it does."""
 

@@ -185,13 +185,10 @@ class Optimizer:
 
     def moments(self) -> dict[torch.nn.Parameter, tuple[Tensor, Tensor]]:
         """Parameter -> Adam's first and second moments [n] of this rank's shard; zeros before the first update."""
-        state = self.adam.state
-        nothing: dict[str, Tensor] = {}
+        kept = {shard.parameter: (shard.main, self.adam.state.get(shard.main)) for shard in self.shards()}
         return {
-            shard.parameter: tuple(
-                state.get(shard.main, nothing).get(key, torch.zeros_like(shard.main)) for key in ("exp_avg", "exp_avg_sq")
-            )
-            for shard in self.shards()
+            parameter: tuple(torch.zeros_like(main) if state is None else state[key] for key in ("exp_avg", "exp_avg_sq"))
+            for parameter, (main, state) in kept.items()
         }
 
     @torch.no_grad()

@@ -104,23 +104,24 @@ def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
         config = _transformer_config(spec, groups)
         tied = a.tied_embeddings and spec.head == "lm"
         first, last = layers.start == 0, layers.stop == a.num_layers
-        chunk = Transformer(
-            config=config,
-            transformer_layer_spec=_block_spec(spec, len(layers)),
-            vocab_size=a.padded_vocab_size,
-            max_sequence_length=a.max_seq_len,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="learned_absolute" if a.positions == "learned" else "none",
-            pg_collection=groups.collection(tied_embeddings=tied),
-            vp_stage=number if layout.virtual_pp > 1 else None,
-        )
+        with groups.device:  # built where it stays: moved afterwards it would need a second place, and lose megatron's marks
+            chunk = Transformer(
+                config=config,
+                transformer_layer_spec=_block_spec(spec, len(layers)),
+                vocab_size=a.padded_vocab_size,
+                max_sequence_length=a.max_seq_len,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=tied,
+                position_embedding_type="learned_absolute" if a.positions == "learned" else "none",
+                pg_collection=groups.collection(tied_embeddings=tied),
+                vp_stage=number if layout.virtual_pp > 1 else None,
+            )
         if spec.head == "scalar" and last:
             del chunk.output_layer
         for layer, module in zip(layers, chunk.decoder.layers, strict=True):  # megatron numbers them from 1, as if all stages were equal
             module.layer_number = module.self_attention.layer_number = module.self_attention.core_attention.layer_number = layer + 1
-        chunk.to(dtype=DTYPES[spec.precision], device=groups.device)
+        chunk.to(dtype=DTYPES[spec.precision])
         if spec.head == "scalar" and last:
             chunk.scalar_head = ScalarHead(a.hidden_size, sequence_parallel=layout.sequence_parallel, device=groups.device)
         chunks.append(chunk)

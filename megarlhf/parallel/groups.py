@@ -120,7 +120,7 @@ class World:
             reconnect = functools.partial(connect_store, place, is_host=False, timeout=timeout)
             group_store = dist.PrefixStore("default_group", store)
             dist.init_process_group(platform.backend(), store=group_store, rank=place.rank, world_size=place.size, timeout=timeout)
-        _prepare_megatron_globals()
+        prepare_megatron_globals()
         rank = dist.get_rank()
         return World(
             rank=rank, size=dist.get_world_size(), local_rank=place.local_rank, device=platform.device(), timeout=timeout,
@@ -147,17 +147,28 @@ class World:
             outputs=self._group_of_peers(layout.peers("dp,pp")),
             world=dist.group.WORLD,
             embeddings=self._group_of_peers(ends),
-            alone=self._group_of_peers([[rank] for rank in range(self.size)]),
+            alone=self._group_of_this_rank(),
         )
 
     def _group_of_peers(self, peers: list[list[int]], *, apart: bool = False) -> dist.ProcessGroup | None:
         """This rank's group among disjoint ones, `apart` from the usual one of these peers; None where it is in none of them."""
         if peers and len(peers[0]) == self.size and not apart:
             return dist.group.WORLD
+        if peers and len(peers[0]) == 1:
+            return self._group_of_this_rank()
         key = (apart, tuple(map(tuple, peers)))
         if key not in self._groups:
             made = {ranks: dist.new_group(list(ranks), timeout=self.timeout) for ranks in key[1]}
             self._groups[key] = next((group for ranks, group in made.items() if self.rank in ranks), None)
+        return self._groups[key]
+
+    def _group_of_this_rank(self) -> dist.ProcessGroup:
+        """A group of one; made by its only member, where any other way each rank would make one for every rank of the world."""
+        if self.size == 1:
+            return dist.group.WORLD
+        key = (False, ((self.rank,),))
+        if key not in self._groups:
+            self._groups[key] = dist.new_group([self.rank], timeout=self.timeout, use_local_synchronization=True)
         return self._groups[key]
 
     def barrier(self) -> None:
@@ -203,7 +214,7 @@ def _choose_device(local_rank: int) -> str:
     return f"{host} {torch.cuda.get_device_properties(index).uuid}"
 
 
-def _prepare_megatron_globals() -> None:
+def prepare_megatron_globals() -> None:
     """What megatron-core keeps per process whatever the layout: its scratch buffer and its generator of dropout noise."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -79,6 +79,11 @@ def free_host_memory() -> int:
     return int(available.split()[1]) * 1024
 
 
+def device_memory_bytes() -> int | None:
+    """Memory of this process's CUDA device; None on the CPU, whose memory is others' too."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+
+
 def peak_memory_is_of_phases() -> bool:
     """Whether `forget_peak_memory` can forget: only CUDA's allocator counts anew, a process's resident set does not."""
     return torch.cuda.is_available()

@@ -10,12 +10,15 @@ from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, Tr
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import load_weights, missing_from, saved_architecture
 from megarlhf.engine.engine import Engine
+from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
 from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
+from megarlhf.parallel import platform
+from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import find_source
@@ -63,6 +66,26 @@ class ModelPlan:
             architecture=self.architecture, head=self.head, precision=self.config.precision, recompute=recompute, dropout=dropout
         )
 
+    def bytes_kept(self, rank: int) -> dict[str, int]:
+        """Kind -> bytes that `rank` keeps of it between steps, without the average."""
+        place, trained = self.layout.coordinates(rank), isinstance(self.config, TrainedModelConfig)
+        return bytes_kept(self.architecture, self.head, self.layout, place, precision=self.config.precision, trained=trained)
+
+    def frozen(self, world: World) -> FrozenEngine:
+        """The model for forward passes, its weights unset."""
+        return FrozenEngine(self.spec(), world.groups(self.layout), micro_batch_size=self.config.micro_batch_size)
+
+    def trained(self, world: World, *, seed: int, dropout: float = 0.0) -> TrainEngine:
+        """The model with a new optimizer, its weights unset."""
+        assert isinstance(self.config, TrainedModelConfig)
+        return TrainEngine(
+            self.spec(dropout=dropout),
+            world.groups(self.layout),
+            micro_batch_size=self.config.micro_batch_size,
+            adam=adam_settings(self.config.adam),
+            seed=seed,
+        )
+
     def __str__(self) -> str:
         source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
         return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}"
@@ -83,6 +106,7 @@ class ModelPlanner:
         self.default_parallel = default_parallel
         self.seed = run.config.seed
         self.violations = list(problems)
+        self.plans: list[ModelPlan] = []
         self.notes: list[str] = []
         """A line for every model that was planned."""
 
@@ -111,6 +135,7 @@ class ModelPlanner:
         if source is not None and resumed is None:
             self._check_source(role, config, head, source)
         plan = ModelPlan(role, config, architecture, head, layout, None if resumed else source, resumed is not None)
+        self.plans.append(plan)
         self.notes.append(str(plan))
         return plan
 
@@ -156,11 +181,18 @@ class ModelPlanner:
     def check(self) -> None:
         """Raise ConfigError with everything that any rank found, if anything was; a collective of the world.
 
+        On CUDA that includes models whose weights and optimizers are larger than the device: `megarlhf plan` says so before.
+
         Then the files of every source are read and compared with their checksums, each rank reading its share.
         """
-        refuse_together(self.violations, self.world)
+        refuse_together([*self.violations, *self.too_large_for(platform.device_memory_bytes())], self.world)
         sources = {source.saved.path: source.saved for source in self._found.values()}
         refuse_together([wrong for saved in sources.values() for wrong in saved.damages(self.world.rank, self.world.size)], self.world)
+
+    def too_large_for(self, capacity: int | None) -> list[str]:
+        """A sentence where the models, without any activation, do not fit a device of `capacity` bytes; None: of unknown size."""
+        kept = [(plan.role, sum(plan.bytes_kept(self.world.rank).values())) for plan in self.plans]
+        return start_problems(kept, capacity, rank=self.world.rank)
 
     def _kept_source(self, role: str, config: ModelConfig, head: Head, *, trained: bool) -> Source | None:
         """The source of a model, the same that the run began with.
@@ -204,20 +236,13 @@ class ModelPlanner:
 
     def build_frozen(self, plan: ModelPlan) -> FrozenEngine:
         """The model with its weights, for forward passes."""
-        engine = FrozenEngine(plan.spec(), self.world.groups(plan.layout), micro_batch_size=plan.config.micro_batch_size)
+        engine = plan.frozen(self.world)
         self._fill(engine, plan)
         return engine
 
     def build_trained(self, plan: ModelPlan, *, dropout: float = 0.0) -> TrainEngine:
         """The model with its weights and a new optimizer."""
-        assert isinstance(plan.config, TrainedModelConfig)
-        engine = TrainEngine(
-            plan.spec(dropout=dropout),
-            self.world.groups(plan.layout),
-            micro_batch_size=plan.config.micro_batch_size,
-            adam=adam_settings(plan.config.adam),
-            seed=self.seed,
-        )
+        engine = plan.trained(self.world, seed=self.seed, dropout=dropout)
         if not plan.resumed:
             self._fill(engine, plan)
         return engine

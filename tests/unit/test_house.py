@@ -27,6 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers", "conversion"),
+    ("planning",),
     ("failures",),
     ("cli",),
     ("__main__",),
@@ -34,8 +35,8 @@ ROOMS = (
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 MAY_IMPORT = {
-    "torch.distributed": ("parallel/", "resharding/"),
-    "megatron": ("parallel/", "models/", "resharding/", "engine/", "generation/", "data/pretraining.py"),
+    "torch.distributed": ("parallel/", "resharding/", "planning/"),
+    "megatron": ("parallel/", "models/", "resharding/", "engine/", "generation/", "data/pretraining.py", "planning/fake_world.py"),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -36,7 +36,7 @@ PLACES = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|(SLURM|MASTER|NCCL|TORCH)_.*|NN
 def run(script, *words, environment=None, path=None):
     """(exit status, stdout, stderr) of a script started elsewhere than in the project, with no variable but those given."""
     env = {name: value for name, value in os.environ.items() if not PLACES.fullmatch(name)}
-    env |= {"PYTHON": sys.executable, **(environment or {})}
+    env |= {"PYTHON": sys.executable, "PLAN_FOR": "none", **(environment or {})}
     env["PATH"] = f"{path}:{env['PATH']}" if path else env["PATH"]
     done = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, env=env, cwd=ROOT / "tests", timeout=60)
     return done.returncode, done.stdout, done.stderr
@@ -94,6 +94,17 @@ def test_what_is_shown_is_what_runs(word, tmp_path):
     assert word in run(script)[1].splitlines() and "NCCL_DEBUG=INFO $x" in shown.replace("\\", "")
 
 
+def test_a_dry_run_plans_for_the_nodes_that_it_knows(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 1\n')
+    python.chmod(0o755)
+    environment = NODE | {"PYTHON": str(python), "PLAN_FOR": "h200"}
+    status, shown, said = run(ROOT / "launcher/ppo_175b.sh", "--dry-run", "--fresh", "run.seed=2", environment=environment)
+    config = str(ROOT / "examples/175b/ppo.yaml")
+    plan = ["--config", config, "--nodes", "16", "--gpus-per-node", "8", "--gpu", "h200", "run.seed=2"]
+    assert status == 0 and said.splitlines() == ["-m", "megarlhf", "plan", *plan] and command_of(shown)[-2:] == ["--fresh", "run.seed=2"]
+
+
 def test_one_task_per_node_starts_torchrun_there():
     per_node = STEP | MET | {"SLURM_STEP_NUM_TASKS": "16", "SLURM_NODEID": "9", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     status, shown, said = run(ROOT / "launcher/ppo_175b.sh", "--dry-run", environment=per_node)
@@ -141,7 +152,7 @@ def test_what_makes_no_sense_is_refused_in_words(environment, sentence):
 def test_help_is_the_documentation():
     status, shown, _ = run(ROOT / "launcher/sft_6b.sh", "--help")
     assert status == 0
-    for name in ("CONFIG", "PYTHON", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE"):
+    for name in ("CONFIG", "PYTHON", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "PLAN_FOR"):
         assert re.search(rf"^  {name} ", shown, re.MULTILINE), name
 
 

@@ -1,0 +1,244 @@
+"""What a program does, counted while it runs: live bytes and their peak, operations, and what every collective carries."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+NUMBERS = ("flops", "matmul_bytes", "other_bytes", "kernels")
+aten = torch.ops.aten
+SPARSE = {
+    *(aten.embedding, aten.gather, aten.index, aten.index_copy, aten.index_put_, aten._index_put_impl_, aten.index_select),
+    aten.scatter_add_,
+}
+"""Kernels that touch only what is picked out: as much as the smaller of the two tensors."""
+READ = 2**30
+"""What the host reads from a device that holds no values: large, so that no row has ended, and finite."""
+
+
+class Axis(NamedTuple):
+    """A process group, as costs name it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    inside: bool
+    """Whether all of its ranks are on one node."""
+
+
+class Link(NamedTuple):
+    """One kind of message."""
+
+    operation: str
+    axis: str
+    size: int
+    """Ranks of the group."""
+    inside: bool
+    """Whether it stays on one node."""
+
+
+@dataclass
+class Cost:
+    """What one rank did in a phase."""
+
+    flops: float = 0.0
+    """Of matrix products and attention, both backward passes and what is computed again included."""
+    matmul_bytes: float = 0.0
+    """That these read and wrote."""
+    other_bytes: float = 0.0
+    """That all other kernels read and wrote."""
+    kernels: float = 0.0
+    """Operations that a device would be given."""
+    sent: Counter = field(default_factory=Counter)
+    """Link -> bytes: of an all-reduce its tensor, of a gather or scatter the larger side, of a message itself."""
+    calls: Counter = field(default_factory=Counter)
+    """Link -> how many there were."""
+
+    def copy(self) -> Cost:
+        """The same numbers, that stay as they are."""
+        return self.scaled(1)
+
+    def __add__(self, other: Cost) -> Cost:
+        return self.scaled(1, other, 1)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self.scaled(1, other, -1)
+
+    def scaled(self, factor: float, other: Cost | None = None, by: float = 1.0) -> Cost:
+        """factor * self + by * other."""
+        other = other or Cost()
+        numbers = {name: factor * getattr(self, name) + by * getattr(other, name) for name in NUMBERS}
+        counters = {}
+        for name in ("sent", "calls"):
+            a, b = getattr(self, name), getattr(other, name)
+            values = {key: factor * a[key] + by * b[key] for key in a.keys() | b.keys()}
+            counters[name] = Counter({key: value for key, value in values.items() if value})
+        return Cost(**numbers, **counters)
+
+
+class Meter(TorchDispatchMode):
+    """Counts what happens on `device` while it is entered; on the meta device it also answers for the other ranks and for values.
+
+    Bytes are those of live storages: views count once, and what autograd keeps counts for as long as it does.
+    """
+
+    def __init__(self, device: torch.device, same_node: Callable[[int], bool] = lambda rank: True) -> None:
+        """`same_node`: whether a rank is on this one's node."""
+        super().__init__()
+        self.device = device
+        self.same_node = same_node
+        self.cost = Cost()
+        self.live: Counter = Counter()
+        """Tag -> live bytes."""
+        self.peak: Counter = Counter()
+        """`live` when its sum was largest since `new_phase`."""
+        self.axes: dict[str, Axis] = {}
+        """Name of a process group -> what it is."""
+        self.logits_width = 0
+        """Vocabulary ids of one rank: what is so wide is logits."""
+        self.reads: list[Cost] = []
+        """The costs until each number that the host has read."""
+        self.answers: list[int] = []
+        """What the host reads next, before `READ`."""
+        self._tag = "other"
+        self._total = self._peak_total = 0
+        self._storages: dict[int, tuple[int, str]] = {}
+
+    @contextlib.contextmanager
+    def tagged(self, tag: str) -> Iterator[None]:
+        """What is made in this context is called `tag`."""
+        before, self._tag = self._tag, tag
+        try:
+            yield
+        finally:
+            self._tag = before
+
+    def retag(self, tensors: list[Tensor], tag: str) -> int:
+        """Call what these tensors keep `tag`; returns its bytes."""
+        total = 0
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._storages and self._storages[key][1] != tag:
+                size, old = self._storages[key]
+                self._storages[key] = (size, tag)
+                self.live[old] -= size
+                self.live[tag] += size
+                total += size
+        return total
+
+    def new_phase(self) -> None:
+        """Forget costs and peak."""
+        self.cost, self.reads = Cost(), []
+        self.peak, self._peak_total = Counter(self.live), self._total
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were live at once since `new_phase`."""
+        return self._peak_total
+
+    @property
+    def live_bytes(self) -> int:
+        """What is live now."""
+        return self._total
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device == self.device:
+            self.reads.append(self.cost.copy())
+        if self.device.type == "meta":
+            if func.namespace == "c10d":
+                return self._collective(func, args, kwargs)
+            if func is aten._local_scalar_dense.default and args[0].device == self.device:
+                return self._read(args[0])
+            if func is aten._to_copy.default and args[0].device == self.device and _goes_to_host(kwargs):
+                return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
+        return out
+
+    def _read(self, tensor: Tensor) -> bool | int | float:
+        value = self.answers.pop(0) if self.answers else READ
+        return bool(value) if tensor.dtype == torch.bool else float(value) if tensor.is_floating_point() else value
+
+    def _collective(self, func, args, kwargs):
+        group = next(ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
+        axis = self.axes[group.group_name]
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        inside = axis.inside
+        if name in ("send", "recv_any_source", "recv"):
+            peer = next(arg for arg in args if isinstance(arg, int))
+            inside = self.same_node(axis.ranks[peer])
+        link = Link(name, axis.name, len(axis.ranks), inside)
+        self.cost.sent[link] += max(sum(_bytes(leaf) for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args)
+        self.cost.calls[link] += 1
+        work = FakeWork().boxed()
+        return work if len(func._schema.returns) == 1 else (args[0], work)
+
+    def _count(self, func, args, kwargs, out) -> None:
+        outputs = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, Tensor)]
+        if isinstance(out, tuple | list):
+            outputs += [leaf for part in out if isinstance(part, tuple | list) for leaf in part if isinstance(leaf, Tensor)]
+        outputs = [tensor for tensor in outputs if tensor.device == self.device]
+        for tensor in outputs:
+            self._track(tensor)
+        if not outputs and not func._schema.is_mutable:
+            return
+        if func.is_view:
+            return
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.device == self.device]
+        inputs = [leaf for leaf in leaves if leaf.is_floating_point()] or leaves
+        sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
+        moved = 2 * min(sizes, default=0) if func._overloadpacket in SPARSE else sum(sizes)
+        self.cost.kernels += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            self.cost.other_bytes += moved
+        else:
+            self.cost.flops += formula(*args, **_without_dtype(kwargs), out_val=out)
+            self.cost.matmul_bytes += moved
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        tag = "logits" if self.logits_width and tensor.dim() and tensor.shape[-1] == self.logits_width else self._tag
+        size = storage.nbytes()
+        self._storages[key] = (size, tag)
+        self.live[tag] += size
+        self._total += size
+        if self._total > self._peak_total:
+            self._peak_total, self.peak = self._total, Counter(self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        size, tag = self._storages.pop(key, (0, ""))
+        self.live[tag] -= size
+        self._total -= size
+
+
+def _goes_to_host(kwargs: dict) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _without_dtype(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name != "out_dtype"}
+
+
+def _is_group(leaf: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in leaf._type().qualified_name()

@@ -1,0 +1,47 @@
+"""Rows of a run's longest kind, as many as are wanted: what a dry run is given in place of data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Experience, Prompts, RankingBatch, TextBatch
+
+
+def text(num_rows: int, width: int) -> TextBatch:
+    """Packed text: every position counts."""
+    return TextBatch(**_tokens(num_rows, width), loss_mask=torch.ones(num_rows, width - 1, dtype=torch.bool))
+
+
+def demonstrations(num_rows: int, prompt_len: int, response_len: int) -> TextBatch:
+    """Prompt and response; the response counts."""
+    width = prompt_len + response_len
+    return TextBatch(**_tokens(num_rows, width), loss_mask=_response_mask(num_rows, prompt_len, response_len))
+
+
+def prompts(num_rows: int, width: int) -> Prompts:
+    """Prompts to answer."""
+    return Prompts(**_tokens(num_rows, width), ids=torch.arange(num_rows))
+
+
+def experience(num_rows: int, prompt_len: int, response_len: int) -> Experience:
+    """Episodes whose responses took all that they might."""
+    mask = _response_mask(num_rows, prompt_len, response_len)
+    numbers = {name: torch.zeros(mask.shape) for name in ("old_logprobs", "old_values", "advantages", "returns")}
+    return Experience(**_tokens(num_rows, prompt_len + response_len), response_mask=mask, **numbers)
+
+
+def rankings(num_prompts: int, completions: int, width: int) -> RankingBatch:
+    """Prompts with `completions` ranked answers each."""
+    number = torch.arange(num_prompts * completions)
+    return RankingBatch(**_tokens(len(number), width), ranks=number % completions + 1, prompt_index=number // completions)
+
+
+def _tokens(num_rows: int, width: int) -> dict[str, Tensor]:
+    return {"tokens": torch.zeros(num_rows, width, dtype=torch.int64), "lengths": torch.full((num_rows,), width)}
+
+
+def _response_mask(num_rows: int, prompt_len: int, response_len: int) -> Tensor:
+    mask = torch.zeros(num_rows, prompt_len + response_len - 1, dtype=torch.bool)
+    mask[:, prompt_len - 1 :] = True
+    return mask

@@ -1,0 +1,217 @@
+"""What each stage does in a step, as its trainer does it, run through once by one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from megarlhf.batch import Experience
+from megarlhf.config.ppo import PpoConfig
+from megarlhf.config.sections import LimitsConfig
+from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
+from megarlhf.engine.trainable import TrainEngine
+from megarlhf.evaluation.responses import generator_of
+from megarlhf.generation.generator import Generator
+from megarlhf.parallel.groups import World
+from megarlhf.planning import rows
+from megarlhf.planning.dry_run import Batch, Part, RankRun, Recorder
+from megarlhf.planning.fake_world import DEVICE, fake_world
+from megarlhf.planning.meter import Meter
+from megarlhf.planning.models import RunModels
+from megarlhf.trainers.policy_generator import PolicyGenerator
+from megarlhf.trainers.ppo_models import PpoModels
+
+DECODED = 4
+"""Tokens of each row that a dry run decodes; the last two tell what one costs."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ids that a generator needs to know of a tokenizer."""
+
+    eos_id: int = 0
+    pad_id: int = 0
+
+
+def dry_run(models: RunModels, rank: int, gpus_per_node: int) -> RankRun:
+    """Run one rank of the run through a step; this process must not be in a world."""
+    with fake_world(rank, models.num_ranks) as world:
+        with Meter(DEVICE, lambda other: other // gpus_per_node == rank // gpus_per_node) as meter:
+            recorder = Recorder(world, meter, gpus_per_node=gpus_per_node)
+            STAGES[models.config.stage](models, world, recorder)
+    return recorder.run
+
+
+def _build(models: RunModels, world: World, recorder: Recorder, *, dropout: float = 0.0) -> None:
+    for role, plan in models.plans.items():
+        trained = role in ("model", "policy", "value")
+        if trained:
+            engine = plan.trained(world, seed=models.config.run.seed, dropout=dropout)
+            recorder.use(engine.groups)
+            engine.optimizer.adopt_parameters()
+            engine.optimizer.publish_masters()
+        else:
+            engine = plan.frozen(world)
+        recorder.add(role, engine)
+
+
+def _save(recorder: Recorder) -> None:
+    """What the loop does before it writes; beside that a save holds one buffer (storage/tensors.py)."""
+    with recorder.phase("save"):
+        for role, engine in recorder.engines.items():
+            if isinstance(engine, TrainEngine):
+                recorder.once("save", role, "weights looked at", engine.weights_are_finite)
+                engine.optimizer.moments()
+
+
+def _pretrain(models: RunModels, world: World, recorder: Recorder) -> None:
+    config = models.config
+    loss = LanguageModelLoss()
+    batch = Batch(lambda n: Term("model", loss, rows.text(n, config.data.seq_len)), config.batch_size, config.model.micro_batch_size)
+    _train_alone(models, world, recorder, [batch])
+
+
+def _sft(models: RunModels, world: World, recorder: Recorder) -> None:
+    config, loss, size = models.config, LanguageModelLoss(), models.config.model.micro_batch_size
+    lengths = _lengths(config.limits)
+    batches = [Batch(lambda n: Term("model", loss, rows.demonstrations(n, *lengths)), config.batch_size, size)]
+    if mix := config.pretraining_mix:
+        seq_len = config.data.pretraining.seq_len
+        num_rows = max(1, round(mix * config.batch_size))
+        batches.append(Batch(lambda n: Term("pretraining", loss, rows.text(n, seq_len), weight=mix), num_rows, size))
+    _train_alone(models, world, recorder, batches, dropout=config.dropout)
+    if config.reward is None:
+        return
+    model, sampling = recorder.engines["model"], config.sampling
+    _generate(recorder, "model", generator_of(model, Ends()), lengths[0], sampling, num_rows=0)
+    with recorder.phase("score"):
+        reward = recorder.engines["reward"]
+        recorder.use(reward.groups)
+        reward.scores(rows.text(reward.groups.layout.dp * reward.micro_batch_size, lengths[0] + sampling.max_new_tokens))
+
+
+def _reward(models: RunModels, world: World, recorder: Recorder) -> None:
+    config = models.config
+    width, completions = sum(_lengths(config.limits)), config.model.micro_batch_size
+    make = lambda n: Term("reward", RankingLoss(), rows.rankings(n, completions, width))  # noqa: E731
+    _train_alone(models, world, recorder, [Batch(make, config.batch_size, 1)])
+
+
+def _train_alone(models: RunModels, world: World, recorder: Recorder, batches: list[Batch], *, dropout: float = 0.0) -> None:
+    with recorder.phase("build"):
+        _build(models, world, recorder, dropout=dropout)
+    first = recorder.warm_up("model", batches)
+    with recorder.phase("update"):
+        recorder.update("update", "model", batches, first, steps=1)
+    _save(recorder)
+
+
+def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
+    config: PpoConfig = models.config
+    s, sampling = config.ppo, config.generation.sampling
+    lengths = config.limits.max_prompt_len, sampling.max_new_tokens
+    with recorder.phase("build"):
+        _build(models, world, recorder)
+        engines = recorder.engines
+        engines["policy"].start_ema(s.ema_decay)
+        roles = PpoModels(**engines, generation_groups=world.groups(models.generation), notes=())
+        recorder.use(roles.generation_groups)
+        with recorder.meter.tagged("generation: weights"):
+            generator = PolicyGenerator(roles, Ends())
+
+    policy_loss, text_loss = PolicyLoss(clip=s.clip, temperature=sampling.temperature), LanguageModelLoss()
+    value_loss = ValueLoss(clip=s.value_clip)
+    size = config.policy.micro_batch_size
+    policy = [Batch(lambda n: Term("policy", policy_loss, rows.experience(n, *lengths)), s.minibatch_size, size)]
+    if s.ptx_coef:
+        seq_len = config.data.pretraining.seq_len
+        make = lambda n: Term("ptx", text_loss, rows.text(n, seq_len), weight=s.ptx_coef)  # noqa: E731
+        policy.append(Batch(make, s.ptx_ratio * s.minibatch_size, size))
+    value_make = lambda n: Term("value", value_loss, rows.experience(n, *lengths))  # noqa: E731
+    value = [Batch(value_make, s.minibatch_size, config.value.micro_batch_size)]
+    first = {"policy": recorder.warm_up("policy", policy), "value": recorder.warm_up("value", value)}
+
+    with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
+        recorder.once("reshard", "policy", "publish", generator.publish)
+    recorder.use(roles.generation_groups)
+    _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size)
+    with recorder.phase("score"):
+        _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
+    with recorder.phase("update"):
+        steps = s.epochs * (s.batch_size // s.minibatch_size)
+        recorder.update("update", "policy", policy, first["policy"], steps=steps)
+        recorder.update("update", "value", value, first["value"], steps=steps)
+        recorder.once("update", "policy", "average", roles.policy.ema.update)
+    _save(recorder)
+
+
+def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, temperature: float) -> None:
+    mask = episodes.response_mask
+
+    def first(n: int) -> Experience:
+        return episodes.rows(torch.arange(n))
+
+    recorder.forward("score", "reward", lambda engine, n: engine.scores(first(n)), episodes)
+    for role in ("policy", "reference") if recompute else ("reference",):
+        recorder.forward("score", role, lambda engine, n: engine.logprobs(first(n), mask[:n], temperature=temperature), episodes)
+    recorder.forward("score", "value", lambda engine, n: engine.values(first(n), mask[:n]), episodes)
+
+
+def _generate(recorder: Recorder, role: str, generator: Generator, prompt_len: int, sampling, *, num_rows: int) -> None:
+    """One batch of the generator: its prefill with the whole cache, and tokens at the beginning and at the end of the responses.
+
+    num_rows: of a step; 0 where the phase is no part of one.
+    """
+    layout, meter = generator.groups.layout, recorder.meter
+    share = -(-num_rows // layout.dp) or sampling.max_batch_size or 1
+    batch = min(share, sampling.max_batch_size or share)
+    make_cache = generator._cache
+
+    def tagged_cache(*args: int) -> object:
+        with meter.tagged("key-value cache"):
+            return make_cache(*args)
+
+    meter.logits_width = generator.architecture.padded_vocab_size // layout.tp
+    new = sampling.max_new_tokens
+    how = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": 1, "iteration": 0}
+
+    def decoded(width: int, most: int, stop_after: int) -> tuple:
+        """(costs of the prefill and the first token, of one token later)."""
+        meter.reads.clear()
+        before = meter.cost.copy()
+        meter.answers = [_GOES_ON] * (stop_after - 1) + [0]
+        generator.generate(rows.prompts(batch * layout.dp, width), max_new_tokens=most, **how)
+        meter.answers = []
+        return meter.reads[0] - before, (meter.reads[-1] - meter.reads[0]).scaled(1 / max(1, stop_after - 1))
+
+    with mock.patch.object(generator, "_cache", tagged_cache):
+        steps = min(DECODED, new)
+        with recorder.phase("generate"):
+            prefill, early = decoded(prompt_len, new, steps)
+        late = decoded(prompt_len + new - steps, steps, steps)[1]
+    if not num_rows:
+        return
+    batches = share / batch
+    decode = (early + late).scaled(0.5 * (new - 1))
+    recorder.run.parts += [
+        Part("generate", role, "prompts", prefill.scaled(batches), waits=True),
+        Part("generate", role, "tokens", decode.scaled(batches), waits=True),
+    ]
+
+
+_GOES_ON = 2**30
+
+
+def _lengths(limits: LimitsConfig) -> tuple[int, int]:
+    return limits.max_prompt_len, limits.max_response_len
+
+
+STAGES: dict[str, Callable[[RunModels, World, Recorder], None]] = {
+    "pretrain": _pretrain,
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+}

@@ -1,0 +1,105 @@
+"""How much a step and a run compute by the model's own arithmetic: what utilisation and PF-days are counted in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarlhf.models.architecture import Architecture
+from megarlhf.models.parameters import Head
+from megarlhf.planning.models import RunModels
+
+DEMONSTRATIONS, RANKINGS = 12_725, 33_207
+"""Ouyang et al. 2022, Table 6: training prompts of the SFT and the reward model."""
+PF_DAY = 1e15 * 86_400
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does, and how many there are."""
+
+    model_flops: float
+    """Of the step, without anything computed again; attention over whole rows (Narayanan et al. 2021, equation 3)."""
+    update_flops: float
+    """Its part in forward and backward passes."""
+    tokens: int
+    """That are trained on in a step (PPO: the policy's episodes and text)."""
+    episode_tokens: int
+    """PPO: prompts and responses of an iteration, else 0."""
+    steps: int
+    notes: tuple[str, ...] = ()
+    """What had to be assumed."""
+
+
+def forward_flops(a: Architecture, head: Head, *, width: int, logits: int, rows: int = 1) -> float:
+    """FLOPs of a forward pass over rows of `width` tokens, of which `logits` go through the vocabulary."""
+    queries, keys = a.num_heads * a.head_size, a.num_kv_heads * a.head_size
+    gate = 2 if a.activation == "swiglu" else 1
+    layer = a.hidden_size * (2 * queries + 2 * keys + (gate + 1) * a.ffn_size)
+    token = 2 * a.num_layers * (layer + 2 * queries * width)
+    output = 2 * a.vocab_size * a.hidden_size if head == "lm" else 2 * a.hidden_size
+    return rows * (width * token + logits * output)
+
+
+def work_of(models: RunModels) -> Work:
+    """The work of a stage's step with rows as long as they may be."""
+    return {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}[models.config.stage](models)
+
+
+def _pretrain(models: RunModels) -> Work:
+    c, plan = models.config, models.plans["model"]
+    flops = 3 * forward_flops(plan.architecture, "lm", width=c.data.seq_len, logits=c.data.seq_len, rows=c.batch_size)
+    return Work(flops, flops, c.batch_size * c.data.seq_len, 0, c.steps)
+
+
+def _sft(models: RunModels) -> Work:
+    c, a = models.config, models.plans["model"].architecture
+    width = c.limits.max_prompt_len + c.limits.max_response_len
+    flops, tokens = forward_flops(a, "lm", width=width, logits=c.limits.max_response_len, rows=c.batch_size), c.batch_size * width
+    if c.pretraining_mix:
+        text_rows = max(1, round(c.pretraining_mix * c.batch_size))
+        flops += forward_flops(a, "lm", width=c.data.pretraining.seq_len, logits=c.data.pretraining.seq_len, rows=text_rows)
+        tokens += text_rows * c.data.pretraining.seq_len
+    number, notes = _records(c.data.train, DEMONSTRATIONS, "demonstrations")
+    return Work(3 * flops, 3 * flops, tokens, 0, c.epochs * math.ceil(number / c.batch_size), notes)
+
+
+def _reward(models: RunModels) -> Work:
+    c, a = models.config, models.plans["model"].architecture
+    width, rows = c.limits.max_prompt_len + c.limits.max_response_len, c.batch_size * c.model.micro_batch_size
+    flops = 3 * forward_flops(a, "scalar", width=width, logits=width, rows=rows)
+    number, notes = _records(c.data.train, RANKINGS, "rankings")
+    notes = (*notes, f"each prompt is taken to have model.micro_batch_size = {c.model.micro_batch_size} completions")
+    return Work(flops, flops, rows * width, 0, c.epochs * math.ceil(number / c.batch_size), notes)
+
+
+def _ppo(models: RunModels) -> Work:
+    c, s = models.config, models.config.ppo
+    policy, others = models.plans["policy"].architecture, ("value", "reward", "reference")
+    new = c.generation.sampling.max_new_tokens
+    prompt, width = c.limits.max_prompt_len, c.limits.max_prompt_len + new
+    episodes = {"width": width, "rows": s.batch_size}
+    of_policy = forward_flops(policy, "lm", logits=new, **episodes)
+    scoring = of_policy * s.recompute_logprobs
+    for role in others:
+        plan = models.plans[role]
+        scoring += forward_flops(plan.architecture, plan.head, logits=new, **episodes)
+    of_value = forward_flops(models.plans["value"].architecture, "scalar", logits=new, **episodes)
+    text_rows = s.ptx_ratio * s.batch_size if s.ptx_coef else 0
+    seq_len = c.data.pretraining.seq_len if s.ptx_coef else 0
+    text = forward_flops(policy, "lm", width=seq_len, logits=seq_len, rows=text_rows)
+    update = 3 * s.epochs * (of_policy + of_value + text)
+    half = (prompt + width) // 2  # a new token attends to this many on average
+    generate = forward_flops(policy, "lm", width=prompt, logits=1, rows=s.batch_size)
+    generate += forward_flops(policy, "lm", width=half, logits=half, rows=s.batch_size) * new / half
+    tokens = s.epochs * (s.batch_size * width + text_rows * seq_len)
+    return Work(update + scoring + generate, update, tokens, s.batch_size * width, s.iterations)
+
+
+def _records(path: Path | str, assumed: int, what: str) -> tuple[int, tuple[str, ...]]:
+    path = Path(path)
+    if path.is_file() and path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return max(1, sum(1 for line in file if line.strip())), ()
+    return assumed, (f"{path} is not here: the paper's {assumed:,} {what} are assumed",)

@@ -1,0 +1,195 @@
+"""`megarlhf plan`: whose architecture is taken, which ranks are alike, arithmetic of time, what does not fit, and the 175B run itself."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megarlhf.engine.footprint import bytes_kept, start_problems
+from megarlhf.models.architecture import make_architecture
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.planning import command, search
+from megarlhf.planning.dry_run import Part
+from megarlhf.planning.estimate import part_seconds, seconds_of
+from megarlhf.planning.hardware import CALL_SECONDS, GPUS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
+from megarlhf.planning.meter import Cost, Link
+from megarlhf.planning.models import run_models
+from megarlhf.planning.plan import Plan, make_plan
+from megarlhf.planning.rank_classes import rank_classes
+from megarlhf.planning.report import as_json, as_text
+from megarlhf.planning.reshard_command import parse_layout, traffic
+from megarlhf.planning.stages import dry_run
+from megarlhf.planning.work import forward_flops, work_of
+
+ROOT = Path(__file__).parents[2]
+PPO = ROOT / "examples" / "175b" / "ppo.yaml"
+H100 = GPUS["h100-80gb"]
+CLUSTER = Cluster(gpu=H100, nodes=2, gpus_per_node=8, inside=H100.inside, between=H100.between)
+
+
+def test_models_whose_checkpoints_are_not_here_are_found_by_the_files_that_make_them():
+    models = run_models(PPO, [], {}, 128)
+    layers = {role: plan.architecture.num_layers for role, plan in models.plans.items()}
+    assert layers == {"policy": 96, "value": 32, "reward": 32, "reference": 96}
+    assert any("examples/6b/pretrain.yaml, which makes it" in note for note in models.notes)
+    assert any("gpt3-175b is assumed by its name" in note for note in models.notes)
+    given = run_models(PPO, [], {"policy": {"preset": "gpt3-13b"}, "value": {"num_layers": 8, "hidden_size": 64, "num_heads": 8}}, 128)
+    assert (given.plans["policy"].architecture.num_layers, given.plans["value"].architecture.hidden_size) == (40, 64)
+    with pytest.raises(ValueError, match="an architecture has no layers"):
+        run_models(PPO, [], {"policy": {"layers": 3}}, 128)
+    with pytest.raises(ValueError, match="load here/nothing is not here, .* --architecture reward=PRESET"):
+        run_models(PPO, ["reward.load=here/nothing"], {}, 128)
+
+
+def test_ranks_are_alike_where_all_their_stages_are():
+    classes = rank_classes(run_models(PPO, [], {}, 128))
+    found = [(of.rank, of.num_ranks, of.stages["policy"], of.stages["value"]) for of in classes]
+    assert found == [(0, 16, 1, 1), (16, 96, 6, 1), (112, 16, 1, 1)]
+    assert "first stage of 8 (policy, reference, generation)" == classes[0].name
+    mixed = rank_classes(run_models(PPO, ["value.parallel={tp: 8, pp: 4}"], {}, 128))
+    assert sum(of.num_ranks for of in mixed) == 128 and len(mixed) == 5
+
+
+def test_too_few_ranks_are_planned_with_fewer_stages_and_do_not_start():
+    models = run_models(PPO, [], {}, 32)
+    assert models.plans["policy"].layout == ParallelLayout(tp=8, pp=4, sequence_parallel=True)
+    assert "one copy takes tp 8 x pp 8 = 64 ranks, and there are 32" in models.shrunk[0]
+
+
+def test_seconds_are_the_sum_of_what_is_not_overlapped():
+    tp, peers = Link("allreduce", "tp", 8, True), Link("send", "pp", 2, False)
+    messages = {"sent": Counter({tp: 8e9, peers: 1e9}), "calls": Counter({tp: 4, peers: 2})}
+    cost = Cost(flops=2e15, matmul_bytes=1e9, other_bytes=4e12, kernels=100, **messages)
+    seconds = seconds_of(cost, CLUSTER)
+    assert seconds["compute"] == pytest.approx(2e15 / (H100.matmul_share * H100.flops))
+    assert seconds["memory"] == pytest.approx(4e12 / (MEMORY_SHARE * H100.memory_bandwidth))
+    assert seconds["inside nodes"] == pytest.approx(2 * 7 / 8 * 8e9 / (LINK_SHARE * H100.inside) + 4 * CALL_SECONDS)
+    assert seconds["between nodes"] == pytest.approx(1e9 / (LINK_SHARE * H100.between) + 2 * CALL_SECONDS)
+    assert seconds["kernel starts"] == 0
+    tiny = seconds_of(Cost(flops=1e6, matmul_bytes=1e6, kernels=1000), CLUSTER)
+    assert sum(tiny.values()) == pytest.approx(1000 * KERNEL_SECONDS) and tiny["compute"] == 0
+
+
+def test_a_pipeline_waits_for_its_slowest_stage_and_generation_for_all():
+    slow, fast = Cost(other_bytes=2e12), Cost(other_bytes=1e12)
+    second = 1e12 / (MEMORY_SHARE * H100.memory_bandwidth)
+    update = [(Part("update", "policy", "passes", cost, micro_batches=8), 1) for cost in (slow, fast)]
+    assert part_seconds(update, CLUSTER, stages=4)["bubble"] == pytest.approx(2 * second * 3 / 8)
+    assert part_seconds(update, CLUSTER, stages=4, virtual_stages=3)["bubble"] == pytest.approx(2 * second * 1 / 8)
+    waiting = [(Part("generate", "policy", "tokens", slow, waits=True), 1), (Part("generate", "policy", "tokens", fast, waits=True), 3)]
+    assert sum(part_seconds(waiting, CLUSTER, stages=4).values()) == pytest.approx(5 * second)
+
+
+def test_arithmetic_of_the_papers_runs():
+    gpt3 = make_architecture("gpt3-175b", vocab_size=50257)
+    tokens = forward_flops(gpt3, "lm", width=2048, logits=2048) / 2048
+    h, layers = 12288, 96  # Narayanan et al. 2021, equation 3, without recomputation
+    assert tokens == pytest.approx(24 * layers * h**2 * (1 + 2048 / (6 * h) + 50257 / (12 * layers * h)))
+    work = work_of(run_models(PPO, [], {}, 128))
+    assert work.update_flops * work.steps / 86400e15 == pytest.approx(60, rel=0.05), "Ouyang et al. 2022, section 5: 60 PF-days"
+    sft = work_of(run_models(ROOT / "examples/175b/sft.yaml", [], {}, 64))
+    assert sft.model_flops * sft.steps / 86400e15 == pytest.approx(4.9, rel=0.1), "and 4.9"
+    assert sft.steps == 16 * math.ceil(12725 / 8)
+
+
+def test_a_run_that_cannot_fit_does_not_start():
+    policy = run_models(PPO, [], {}, 128).plans["policy"]
+    kept = [("policy", sum(policy.bytes_kept(0).values()))]
+    assert kept[0][1] == pytest.approx(33.87e9, rel=0.01)  # weights 5.6, gradients 11.3, masters 5.6, moments 11.3
+    assert start_problems(kept, None, rank=0) == [] and start_problems(kept, 80e9, rank=0) == []
+    (problem,) = start_problems(kept, 30e9, rank=3)
+    assert problem.startswith("it does not fit: what rank 3 keeps between steps (policy 33.9 GB) needs 33.9 GB")
+    assert "one GPU here has 30.0 GB: 4.9 GB are missing" in problem
+
+
+def test_what_is_kept_by_description():
+    a = make_architecture(None, vocab_size=256, num_layers=2, hidden_size=64, num_heads=4)
+    layout = ParallelLayout(tp=2, dp=4)
+    kept = bytes_kept(a, "lm", layout, layout.coordinates(0), precision="bf16", trained=True, average=True)
+    assert kept["gradients"] == 2 * kept["weights"] == 4 * kept["masters"] == 2 * kept["moments"] == 4 * kept["average"]
+    alone = bytes_kept(a, "scalar", layout, layout.coordinates(0), precision="fp32", trained=False)
+    assert set(alone) == {"weights"}
+
+
+def test_what_the_command_line_refuses(capsys):
+    def said(*words):
+        assert command.main([*words]) == 2
+        return capsys.readouterr().err
+
+    assert "--nodes must be above 0" in said("--config", str(PPO), "--gpu", "h200", "--nodes", "0")
+    assert "MODEL=PRESET" in said("--config", str(PPO), "--gpu", "h200", "--architecture", "policy")
+    assert "stage is evaluate" in said("--config", str(ROOT / "examples/quickstart/evaluate.yaml"), "--gpu", "h200")
+    assert "is no layout" in said("reshard", "--from", "8x8", "--to", "tp8", "--preset", "gpt3-175b")
+    assert "does not divide" in said("reshard", "--from", "tp2pp2", "--to", "tp8", "--preset", "gpt3-125m")
+
+
+def test_traffic_of_a_publishing_covers_the_target():
+    a = make_architecture("gpt3-125m", vocab_size=50257)
+    source, target = parse_layout("tp2pp4dp2"), parse_layout("tp2pp1", 16)
+    moved = traffic(a, source, target, gpus_per_node=4)
+    held = bytes_kept(a, "lm", target, target.coordinates(0), precision="bf16", trained=False)["weights"]
+    assert all(kept + received == held for kept, received in zip(moved.kept, moved.received, strict=True))
+    assert sum(moved.sent) == sum(moved.received) and moved.target_bytes == held
+    assert traffic(a, source, source, gpus_per_node=4).sent == [0] * 16
+
+
+def plan_of_first_class(nodes):
+    """The 175B run's plan as its first rank shows it."""
+    cluster = dataclasses.replace(CLUSTER, nodes=nodes)
+    models = run_models(PPO, [], {}, cluster.num_ranks)
+    return Plan(models, cluster, rank_classes(models)[:1], [dry_run(models, 0, 8)], work_of(models))
+
+
+def test_the_175b_run_fits_16_nodes():
+    plan = plan_of_first_class(16)
+    assert plan.fits and plan.verdict[0].startswith("it fits: generate needs most, 73.5 GB")
+    kept = {kind: size / 1e9 for kind, size in plan.runs[0].held["policy"].items()}
+    assert kept == pytest.approx({"weights": 5.64, "gradients": 11.29, "masters": 5.64, "moments": 11.29, "average": 5.64}, abs=0.01)
+    assert plan.peak("update")[0] == pytest.approx(62.5e9, rel=0.01)  # docs/scale.md
+    assert 0.3 < plan.update_utilisation < 0.5
+    assert as_json(plan)["largest"]["phase"] == "generate" and "it fits" in as_text(plan)
+
+
+def test_the_175b_run_does_not_fit_4_nodes():
+    plan = plan_of_first_class(4)
+    assert not plan.fits and len(plan.verdict) == 3
+    assert "planned with pp 4" in plan.verdict[0]
+    of_class = "the class 'first stage of 4 (policy, reference, generation)' (rank 0)"
+    assert f"it does not fit: generate on ranks of {of_class} needs" in plan.verdict[2]
+    assert f"{plan.missing_bytes / 1e9:.1f} GB are missing" in plan.verdict[2] and plan.missing_bytes > 90e9
+
+
+def test_the_command_on_a_small_run(tmp_path, capsys):
+    words = ["--config", str(ROOT / "examples/quickstart/pretrain.yaml"), "--gpu", "a100-40gb", "--gpus-per-node", "2"]
+    written = tmp_path / "plan.json"
+    assert command.main([*words, "--json", str(written), "model.parallel.pp=2"]) == 0
+    said, plan = capsys.readouterr().out, json.loads(written.read_text())
+    names = [of["name"] for of in plan["classes"]]
+    assert "it fits: update needs most" in said and names == ["first stage of 2 (model)", "last stage of 2 (model)"]
+    assert plan["step_seconds"] > 0 and plan["seconds"]["update"]["bubble"] > 0
+    assert command.main([*words, "--reserve-gb", "42.3"]) == 1
+    assert "GB are missing" in capsys.readouterr().out
+
+
+BIG = {"num_layers": 12, "hidden_size": 2048, "num_heads": 16, "max_seq_len": 1024}
+
+
+def test_a_search_finds_the_best_of_its_space_and_the_best_is_as_estimated(monkeypatch):
+    monkeypatch.setattr(search, "RECOMPUTE", ("none", "full"))
+    path, cluster = ROOT / "examples/6b/pretrain.yaml", dataclasses.replace(CLUSTER, nodes=1)
+    overrides = ["batch_size=64", "data.seq_len=1024", f"model.architecture={json.dumps(BIG)}"]
+    estimator = search.Estimator(path, overrides, {}, cluster)
+    space = [estimator.estimate(choice) for choice in estimator.candidates()]
+    found = search.search(estimator)
+    assert len({estimate.choice for estimate in space}) == len(space) == len(found.best) + len(found.too_large) > 50
+    assert found.best[0].seconds == min(e.seconds for e in space if e.peak_bytes <= cluster.usable_bytes)
+    for best in (found.best[0], next(e for e in found.best if e.choice.layout.pp > 1)):
+        plan = make_plan(run_models(path, [*overrides, *best.choice.overrides("model")], {}, 8), cluster)
+        assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
+        assert best.peak_bytes == pytest.approx(plan.peak("update")[0], rel=0.1), best
+    tight = dataclasses.replace(cluster, reserved_bytes=H100.memory_bytes - min(e.peak_bytes for e in space) - 1)
+    estimator.cluster = tight
+    assert len(search.search(estimator).best) == 1 and "fell out for their memory" in search.as_text(search.search(estimator), tight)
