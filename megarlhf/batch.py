@@ -75,16 +75,26 @@ class Rollouts(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Rows):
-    """What a PPO update needs to know of each episode."""
+    """What a policy's update needs to know of each episode."""
 
     response_mask: Tensor
     """[batch, seq - 1] bool."""
     old_logprobs: Tensor
     """[batch, seq - 1] float32, of the policy that acted, recomputed by the trainer."""
-    old_values: Tensor
-    """[batch, seq - 1] float32."""
+    ref_logprobs: Tensor
+    """[batch, seq - 1] float32, of the reference."""
     advantages: Tensor
-    """[batch, seq - 1] float32, standardized over the iteration's response tokens."""
+    """[batch, seq - 1] float32, standardized over the iteration's response tokens where so configured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueTargets(Rows):
+    """What a value function's update needs to know of each episode."""
+
+    response_mask: Tensor
+    """[batch, seq - 1] bool."""
+    old_values: Tensor
+    """[batch, seq - 1] float32, of the value function before the iteration's updates."""
     returns: Tensor
     """[batch, seq - 1] float32, from the advantages before they were standardized."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megarlhf.algorithms.kl import ESTIMATORS, Estimator
+
 
 def last_response_position(response_mask: Tensor) -> Tensor:
     """[batch] int64: the last True position of each row of [batch, seq - 1]; every row must have one."""
@@ -13,8 +15,12 @@ def last_response_position(response_mask: Tensor) -> Tensor:
     return torch.where(response_mask, positions, -1).max(dim=1).values
 
 
-def kl_shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
-    """R_t = -kl_coef * (log pi - log pi_ref), plus the score on the last response token (Stiennon et al. 2020, section 3.4).
+def kl_shaped_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *, kl_coef: float, estimator: Estimator = "k1"
+) -> Tensor:
+    """R_t = -kl_coef * KL_t, plus the score on the last response token (Stiennon et al. 2020, section 3.4).
+
+    KL_t is log pi - log pi_ref by the paper's estimator k1; see `megarlhf.algorithms.kl` for the others.
 
     Args:
         scores: [batch] of the reward model.
@@ -23,7 +29,7 @@ def kl_shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, re
 
     Returns: [batch, seq - 1] float32, 0 outside the responses. Every row must have a response token.
     """
-    rewards = torch.where(response_mask, -kl_coef * (logprobs - ref_logprobs), 0.0).detach()
+    rewards = torch.where(response_mask, -kl_coef * ESTIMATORS[estimator](logprobs, ref_logprobs), 0.0).detach()
     return rewards.scatter_add(1, last_response_position(response_mask).unsqueeze(1), scores.detach().float().unsqueeze(1))
 
 

@@ -1,4 +1,4 @@
-"""The four models of PPO, each in its own layout."""
+"""The models of PPO, each in its own layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class PpoModels:
     """Policy and value are trained, reward and reference frozen; sizes and layouts are each model's own."""
 
     policy: TrainEngine
-    value: TrainEngine
+    value: TrainEngine | None
+    """None where advantages are estimated without."""
     reward: FrozenEngine
     reference: FrozenEngine
     generation_groups: ModelGroups
@@ -31,21 +32,21 @@ class PpoModels:
 
     @staticmethod
     def build(config: PpoConfig, run: Run, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
-        """Check all four against the run, then build them with their weights.
+        """Check all of them against the run, then build them with their weights.
 
         ConfigError lists everything that does not fit, and the `problems` that were found before.
         """
         planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
         rows = row_lengths(config)
         policy = planner.plan("policy", config.policy, "lm", rows=rows["policy"])
-        value = planner.plan("value", config.value, "scalar", rows=rows["value"])
+        value = planner.plan("value", config.value, "scalar", rows=rows["value"]) if config.value is not None else None
         reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"])
         reference = planner.plan("reference", config.reference, "lm", rows=rows["reference"])
         generation = _generation_layout(config, planner, policy)
         planner.check()
         models = PpoModels(
             policy=planner.build_trained(policy),
-            value=planner.build_trained(value),
+            value=planner.build_trained(value) if value is not None else None,
             reward=planner.build_frozen(reward),
             reference=planner.build_frozen(reference),
             generation_groups=run.world.groups(generation),

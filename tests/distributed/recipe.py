@@ -13,7 +13,7 @@ from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 from megarlhf.parallel.groups import World
 
-STAGES = ("base", "sft", "reward", "ppo")
+STAGES = ("base", "sft", "reward", "ppo", "grpo")
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "max_seq_len": 40, "init_std": 0.1}
 SMALL = {**SIZES, "num_layers": 2, "hidden_size": 16}
 ADAM = {"learning_rate": 3e-3, "eps": 1e-5}
@@ -89,6 +89,10 @@ def configurations(folder: Path) -> dict[str, dict]:
             "text": {key: value for key, value in corpus.items() if key != "prefix"},
         },
     }
+    without_values = {
+        "advantages": "grpo", "samples_per_prompt": 4, "clip_high": 0.3, "kl_in": "loss", "kl_estimator": "k3", "normalization": "sequence",
+    }  # fmt: skip
+    stages["grpo"] = {**stages["ppo"], "value": None, "ppo": {**stages["ppo"]["ppo"], **without_values}}
     shared = {"tokenizer": {"path": f"{folder}/tokenizer.model"}}
     return {name: {**shared, "run": {"dir": f"{folder}/runs/{name}"}, **stage} for name, stage in stages.items()}
 

@@ -63,7 +63,7 @@ def test_every_stage_gives_the_same_curves_in_every_layout(recipe, ranks2, ranks
     (ranks2 if num_ranks == 2 else ranks4).run(check_stages, recipe, tmp_path, STAGES, overrides)
     for stage in STAGES:
         assert_alike(curves(tmp_path / stage), curves(recipe / "runs" / stage))
-    for stage in ("sft", "ppo"):
+    for stage in ("sft", "ppo", "grpo"):
         assert_alike(lines_of(tmp_path / stage / "samples.jsonl"), lines_of(recipe / "runs" / stage / "samples.jsonl"))
 
 
@@ -117,6 +117,7 @@ WORSE = ["model.adam.learning_rate=0.3", "schedule.shape=constant"]
 RESUMED = {
     "sft": ["dropout=0.1", "select_by=valid_loss", "run.eval_every=1", "run.keep_checkpoints=1", *WORSE],
     "ppo": ["ppo.iterations=4", "run.eval_every=3", "policy.parallel.tp=2", "ppo.epochs=2", "ppo.minibatch_size=8"],
+    "grpo": ["ppo.iterations=4", "run.eval_every=3", "policy.parallel.tp=2", "ppo.epochs=2", "ppo.advantages=rloo", "ppo.kl_in=reward"],
 }
 
 
@@ -131,7 +132,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(recipe, ranks1, ranks2
     one_rank = [override for override in RESUMED[name] if "parallel" not in override]
     if name == "sft":
         return  # dropout's noise is drawn for each layout
-    ranks1.run(check_stages, recipe, tmp_path, ["ppo"], [*one_rank, f"run.dir={tmp_path / 'elsewhere'}", "run.save_every=2"])
+    ranks1.run(check_stages, recipe, tmp_path, [name], [*one_rank, f"run.dir={tmp_path / 'elsewhere'}", "run.save_every=2"])
     assert_alike(curves(tmp_path / "elsewhere"), whole)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megarlhf.algorithms.gae import gae
+from megarlhf.algorithms.advantages import advantages_without_values, gae, group_relative, leave_one_out
 from megarlhf.algorithms.kl import k1, k2, k3
 from megarlhf.algorithms.language_model import language_model_loss
 from megarlhf.algorithms.logprobs import entropy_from_logits, logprobs_from_logits
@@ -15,6 +15,8 @@ from megarlhf.algorithms.masked import explained_variance, standardize
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import count_prompts, ranking_loss
 from megarlhf.algorithms.rewards import kl_shaped_rewards
+from megarlhf.batch import Experience
+from megarlhf.engine.terms import PolicyLoss
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 CLIP = 0.2
@@ -278,3 +280,111 @@ def test_kl_estimators_average_to_the_kl():
         torch.testing.assert_close((logprobs.exp() * estimator(logprobs, ref_logprobs)).sum(), kl)
     sampled = (logprobs.exp().detach() * k2(logprobs, ref_logprobs)).sum()
     torch.testing.assert_close(torch.autograd.grad(sampled, logits, retain_graph=True)[0], torch.autograd.grad(kl, logits)[0])
+
+
+# Policy gradients without a value function
+
+
+def groups_of_rewards(seed, *, rows=6, width=12):
+    """Rewards [rows, width] whose first two rows, a group, have one return, and a mask."""
+    rewards, _, _, _, mask = batch(seed, rows=rows, width=width)
+    rewards = torch.where(mask, rewards, 0.0)
+    rewards[0] = 0.0
+    rewards[0, mask[0].nonzero()[0]] = rewards[1].sum()
+    return rewards, mask
+
+
+def slow_advantages(estimator, rewards, mask, *, gamma, group_size, divide_by_std):
+    """Row by row and token by token, in Python's float64."""
+    whole = [sum(float(x) for x in row[kept]) for row, kept in zip(rewards, mask, strict=True)]
+    expected = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, t in mask.nonzero().tolist():
+        group = whole[row - row % group_size :][:group_size]
+        mean = sum(group) / group_size
+        if estimator == "grpo":
+            std = math.sqrt(sum((x - mean) ** 2 for x in group) / (group_size - 1))
+            expected[row, t] = (whole[row] - mean) / (std + 1e-4 if divide_by_std else 1.0)
+        elif estimator == "rloo":
+            expected[row, t] = whole[row] - (sum(group) - whole[row]) / (group_size - 1)
+        else:
+            later = [float(rewards[row, s]) for s in range(t, mask.shape[1]) if mask[row, s]]
+            expected[row, t] = sum(gamma**k * reward for k, reward in enumerate(later))
+    return expected
+
+
+@SEEDS
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize(("estimator", "divide"), [("grpo", True), ("grpo", False), ("rloo", True), ("reinforce_pp", True)])
+def test_advantages_without_values_are_their_definitions(seed, estimator, divide, group_size):
+    rewards, mask = groups_of_rewards(seed)
+    how = {"gamma": 0.9, "group_size": group_size, "divide_by_std": divide}
+    ours = advantages_without_values(estimator, rewards, mask, **how)
+    atol = 1e-3 if divide else 1e-6  # the rounding of a float32 sum, over the epsilon of a group that ties
+    torch.testing.assert_close(ours.double(), slow_advantages(estimator, rewards, mask, **how), atol=atol, rtol=1e-5)
+    assert not ours[~mask].any()
+
+
+def test_a_group_that_ties_teaches_nothing():
+    for divide in (True, False):
+        advantages = group_relative(torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0, 0.2]), group_size=3, divide_by_std=divide)
+        assert not advantages[:3].abs().gt(1e-9).any() and advantages[3:].abs().gt(0.1).any()
+    assert not leave_one_out(torch.full((3,), 0.1), group_size=3).abs().gt(1e-9).any()
+
+
+def slow_grpo_loss(logprobs, old, ref, advantages, mask, *, clip, clip_high, kl_coef, estimator, normalization, max_len):
+    """The objective in float64, one response after the other, each token by itself."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(len(mask)):
+        of_row = torch.zeros((), dtype=torch.float64)
+        for t in mask[row].nonzero()[:, 0].tolist():
+            ratio, advantage = (logprobs[row, t] - old[row, t]).exp(), advantages[row, t]
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip_high) * advantage)
+            x = logprobs[row, t] - ref[row, t]
+            kl = {"k1": x, "k2": x * x / 2, "k3": (-x).exp() - 1 + x}[estimator]
+            of_row = of_row - surrogate + kl_coef * kl
+        total = total + (of_row / mask[row].sum() if normalization == "sequence" else of_row)
+    return total / {"token": int(mask.sum()), "sequence": len(mask), "constant": len(mask) * max_len}[normalization]
+
+
+@SEEDS
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+def test_the_policy_loss_and_its_gradient_are_their_definitions(seed, estimator, normalization):
+    new, old, ref, advantages, mask = batch(seed)
+    new, ref = old + 0.4 * new, old + 0.3 * ref
+    how = {"clip": 0.2, "clip_high": 0.35, "kl_coef": 0.1, "normalization": normalization, "max_len": 17}
+    rows = Experience(
+        tokens=torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.int64), lengths=torch.full((len(mask),), mask.shape[1] + 1),
+        response_mask=mask, old_logprobs=old, ref_logprobs=ref, advantages=advantages,
+    )  # fmt: skip
+    term = PolicyLoss(kl_estimator=estimator, **how)
+    ours, theirs = new.clone().requires_grad_(), new.double().requires_grad_()
+    loss = term(torch.stack([ours, torch.zeros_like(ours)]), rows)[0] / term.count(rows)
+    expected = slow_grpo_loss(theirs, old.double(), ref.double(), advantages.double(), mask, estimator=estimator, **how)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
+    grads = [torch.autograd.grad(of, x)[0].double() for of, x in ((loss, ours), (expected, theirs))]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+def test_micro_batches_of_every_normalization_add_up():
+    new, old, ref, advantages, mask = batch(0, rows=8)
+    rows = Experience(
+        tokens=torch.zeros(8, 13, dtype=torch.int64), lengths=torch.full((8,), 13), response_mask=mask, old_logprobs=old, ref_logprobs=ref,
+        advantages=advantages,
+    )  # fmt: skip
+    for normalization in ("token", "sequence", "constant"):
+        term = PolicyLoss(clip=0.2, kl_coef=0.1, normalization=normalization, max_len=20)
+        parts = [torch.arange(0, 3), torch.arange(3, 4), torch.arange(4, 8)]
+        whole = term(torch.stack([new, new]), rows)[0]
+        torch.testing.assert_close(sum(term(torch.stack([new[i], new[i]]), rows.rows(i))[0] for i in parts), whole)
+        assert sum(term.count(rows.rows(i)) for i in parts) == term.count(rows)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_in_the_reward_is_that_of_its_estimator(estimator):
+    logprobs, ref_logprobs, scores, _, mask = batch(1)
+    rewards = kl_shaped_rewards(scores[:, 0], logprobs, ref_logprobs, mask, kl_coef=0.3, estimator=estimator)
+    for row in range(len(mask)):
+        x = [float(logprobs[row, t] - ref_logprobs[row, t]) for t in mask[row].nonzero()[:, 0].tolist()]
+        kl = sum({"k1": v, "k2": v * v / 2, "k3": math.exp(-v) - 1 + v}[estimator] for v in x)
+        assert float(rewards[row].sum()) == pytest.approx(float(scores[row, 0]) - 0.3 * kl, rel=1e-4, abs=1e-5)

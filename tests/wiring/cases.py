@@ -142,6 +142,8 @@ PPO_STEPS = (
     "steps/policy/ptx/rows steps/policy/ptx/objective steps/value/value/rows steps/value/value/objective"
 )
 PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix"
+UNEVEN = "run.seed=3 generation.sampling.max_new_tokens=24"  # some responses end early
+GROUPS = "value=null ppo.advantages=grpo ppo.samples_per_prompt=4"
 OTHER_POLICY = "* models/policy/architecture/* said/generation"
 
 PPO = [
@@ -174,12 +176,30 @@ PPO = [
     Case("ppo.epochs=2", "models/policy/steps models/value/steps cursors/text/num_taken", may=f"{UPDATES} metrics/throughput/* steps/* {PPO_STEPS}",
          exact={"steps/policy/policy/rows": (8, 8), "steps/value/value/rows": (8, 8), "cursors/order/num_taken": 8}),
     Case("ppo.kl_coef=0.5", "metrics/rollout/kl_coef metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=f"{RETURNS} cursors/kl_coef"),
+    Case("ppo.kl_in=loss", "steps/policy/policy/objective metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS, base="ppo.kl_estimator=k3"),
+    Case("ppo.kl_estimator=k3", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=f"{RETURNS} steps/policy/policy/objective"),
+    Case("ppo.kl_estimator=k2", "steps/policy/policy/objective policy/exp_avg/*", may=POLICY, base="ppo.kl_in=loss ppo.kl_estimator=k3"),
+    Case("ppo.kl_coef=0.5", "metrics/rollout/kl_coef steps/policy/policy/objective policy/exp_avg/*", may=f"{POLICY} cursors/kl_coef",
+         base="ppo.kl_in=loss ppo.kl_estimator=k3"),
+    # policy gradients without a value function
+    refused("value=null", "value, the value function, is needed by ppo.advantages gae"),
+    refused("ppo.advantages=rloo", "value is a model that ppo.advantages rloo does not use"),
+    Case("ppo.advantages=rloo", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.advantages=reinforce_pp", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.gamma=0.5", "policy/exp_avg/*", may=POLICY, base=f"{GROUPS} ppo.advantages=reinforce_pp"),
+    Case("ppo.divide_by_std=false", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.standardize_advantages=true", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.samples_per_prompt=2", "samples/prompt cursors/order/num_taken metrics/rollout/group_std", may="*", base=GROUPS, exact={"cursors/order/num_taken": 4}),
+    Case("ppo.samples_per_prompt=2", "samples/prompt cursors/order/num_taken metrics/rollout/group_std", may="*", exact={"cursors/order/num_taken": 4}),
     Case("ppo.adaptive_kl=null", "cursors/kl_coef"),
     Case("ppo.adaptive_kl.target=0.0001", "cursors/kl_coef"),
     Case("ppo.adaptive_kl.horizon=100000", "cursors/kl_coef"),
     Case("ppo.gamma=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
     Case("ppo.gae_lambda=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
     Case("ppo.clip=0.01", "steps/policy/policy/objective metrics/policy/clip_fraction", may=POLICY, base="ppo.epochs=3 policy.adam.learning_rate=0.1"),
+    Case("ppo.clip_high=0.01", "steps/policy/policy/objective metrics/policy/clip_fraction", may=POLICY, base="ppo.epochs=3 policy.adam.learning_rate=0.1"),
+    Case("ppo.normalization=sequence", "steps/policy/policy/objective metrics/policy/loss", may=POLICY),
+    Case("ppo.normalization=constant", "steps/policy/policy/objective metrics/policy/loss", may=POLICY),
     Case("ppo.value_clip=0.001", "steps/value/value/objective metrics/value/clip_fraction", may=VALUE, base="ppo.epochs=3 value.adam.learning_rate=0.1"),
     Case("ppo.standardize_advantages=false", "policy/exp_avg/*", may=POLICY),
     Case("ppo.ptx_coef=27.0", "steps/policy/ptx/objective policy/exp_avg/*", may=POLICY),
