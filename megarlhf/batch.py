@@ -122,6 +122,16 @@ class RankingBatch(Rows):
         return self.prompt_index
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferenceBatch(RankingBatch):
+    """Ranked completions for a language model that learns from them directly."""
+
+    response_mask: Tensor
+    """[completions, seq - 1] bool: positions that predict a token of the completion, EOS included."""
+    ref_logprobs: Tensor
+    """[completions] float64: the reference's log-probability of the whole completion."""
+
+
 def pad_rows(rows: list[list[int]], *, pad_id: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Right pad ragged `rows` to [batch, width] int64 (width: the longest row when None); returns (tokens, lengths [batch])."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)

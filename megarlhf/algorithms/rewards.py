@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megarlhf.algorithms.kl import ESTIMATORS, Estimator
+from megarlhf.algorithms.masked import standardize
 
 
 def last_response_position(response_mask: Tensor) -> Tensor:
@@ -36,3 +39,10 @@ def kl_shaped_rewards(
 def penalize_unfinished(scores: Tensor, finished: Tensor, *, penalty: float | None) -> Tensor:
     """Scores [batch] with those of responses that never ended replaced by a fixed penalty (Ziegler et al. 2019); None: unchanged."""
     return scores if penalty is None else torch.where(finished, scores, penalty)
+
+
+def weighted_rewards(rewards: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """[batch]: sum of weight * reward over several rewards [batch]; with `normalize` each at mean 0 and variance 1 over the batch first."""
+    if normalize:
+        rewards = [standardize(reward, torch.ones_like(reward, dtype=torch.bool)) for reward in rewards]
+    return torch.stack([weight * reward for weight, reward in zip(weights, rewards, strict=True)]).sum(dim=0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megarlhf.config.relations import fresh_doubts, idle_doubts, same_file_doubts, warmup_doubts
+from megarlhf.config.relations import fresh_doubts, idle_doubts, reference_doubts, same_file_doubts, warmup_doubts
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
     Count,
     CountOrNone,
     Epochs,
+    FunctionInFile,
     InputFile,
     NotNegative,
     Positive,
@@ -160,6 +161,53 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardFunctionConfig:
+    """A reward of one's own: a function of a Python file, such as a verifier."""
+
+    function: FunctionInFile
+    """my_rewards.py:score, called as score(prompts, responses, records) with lists of one length: texts, and what the prompts' records
+    hold besides. It returns a number for each response, and must always give the same for the same."""
+    weight: Annotated[float, Range()] = 1.0
+    """What its numbers are multiplied by."""
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self.function.rpartition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """The function, and what its metric is called by."""
+        return self.function.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoRewardConfig(ModelConfig):
+    """Where rewards come from: a frozen reward model, functions of one's own, or both."""
+
+    weight: Annotated[float, Range()] = 1.0
+    """What the reward model's scores are multiplied by."""
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    """Rewards of one's own, added to the reward model's; without `load`, in its place."""
+    normalize: bool = False
+    """Bring each reward to mean 0 and variance 1 over an iteration's responses before it is weighted; not in validation."""
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        names = [function.name for function in self.functions]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        found = [f"functions has two of the name {name}: their metrics would share it" for name in twice]
+        if "model" in names:
+            found.append("functions has one of the name model, which stands for the reward model: rename it")
+        if self.functions and self.load is None and self.architecture is None:
+            idle = [key for key, default in (("load_model", None), ("weight", 1.0)) if getattr(self, key) != default]
+            return found + [f"{key} speaks of a reward model, and load is not given" for key in idle]
+        if self.load is None and self.architecture is None:
+            return [*found, "load (a reward model) or functions (rewards of one's own) must be given; neither is"]
+        return found + super().violations()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PpoConfig(StageConfig):
     """`megarlhf ppo`: PPO, PPO-ptx, or policy gradients without a value function, with up to four co-resident models."""
 
@@ -167,8 +215,8 @@ class PpoConfig(StageConfig):
     """The policy, from the 2-epoch SFT model (Appendix C.3)."""
     value: TrainedModelConfig | None = None
     """The value function, from the reward model (Appendix C.4); only with ppo.advantages: gae."""
-    reward: ModelConfig
-    """The frozen reward model."""
+    reward: PpoRewardConfig
+    """The frozen reward model, or rewards of one's own."""
     reference: ModelConfig
     """The frozen model that the KL penalty is taken against: what the policy starts from."""
     data: PpoDataConfig
@@ -197,8 +245,7 @@ class PpoConfig(StageConfig):
         """What is hardly meant."""
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
         found += fresh_doubts(policy=self.policy, **({"value": self.value} if self.value else {})) + idle_doubts(self)
-        if self.policy.load != self.reference.load and self.policy.load is not None:
-            found.append(f"reference.load {self.reference.load} is not what the policy starts from, policy.load {self.policy.load}")
+        found += reference_doubts("policy", self.policy, self.reference)
         sampling = self.generation.sampling
         biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
         return found + [f"generation.sampling.{name} samples from other probabilities than the update assumes" for name in biased]

@@ -12,13 +12,15 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from megarlhf.algorithms.dpo import Kind, dpo_loss
 from megarlhf.algorithms.kl import ESTIMATORS
 from megarlhf.algorithms.kl import Estimator as KlEstimator
 from megarlhf.algorithms.language_model import language_model_loss
+from megarlhf.algorithms.logprobs import response_logprobs
 from megarlhf.algorithms.masked import Stats, masked_sum, one_over_length
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import count_prompts, ranking_loss
-from megarlhf.batch import Experience, RankingBatch, Rows, TextBatch, ValueTargets
+from megarlhf.batch import Experience, PreferenceBatch, RankingBatch, Rows, TextBatch, ValueTargets
 
 Output = Literal["logprobs", "logprobs and entropy", "values", "scores"]
 
@@ -161,3 +163,30 @@ class RankingLoss:
     def __call__(self, output: Tensor, batch: RankingBatch) -> tuple[Tensor, Stats]:
         """See `ranking_loss`."""
         return ranking_loss(output, batch.ranks, batch.prompt_index)
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Direct preference optimisation (Rafailov et al. 2023), mean over the prompts that have a comparison."""
+
+    kind: Kind
+    beta: float
+    label_smoothing: float = 0.0
+    output: ClassVar[Output] = "logprobs"
+    stats: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "reward_chosen", "reward_rejected")
+    temperature: ClassVar[float] = 1.0
+
+    def count(self, batch: PreferenceBatch) -> int:
+        """Prompts whose completions do not all tie."""
+        return count_prompts(batch.ranks, batch.prompt_index)
+
+    def positions(self, batch: PreferenceBatch) -> Tensor:
+        """The completions."""
+        return batch.response_mask
+
+    def __call__(self, output: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Stats]:
+        """See `dpo_loss`."""
+        mask = batch.response_mask
+        how = {"kind": self.kind, "beta": self.beta, "label_smoothing": self.label_smoothing}
+        logprobs = response_logprobs(output, mask)
+        return dpo_loss(logprobs, batch.ref_logprobs, mask.sum(dim=1), batch.ranks, batch.prompt_index, **how)

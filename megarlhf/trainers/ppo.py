@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.rewards import RewardFunctions, Rewards, RewardsOf
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_metrics import group_metrics, rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
@@ -39,7 +40,9 @@ class Judgement:
     """What the frozen models and the two trained ones say of an iteration's rollouts."""
 
     scores: Tensor
-    """[batch] of the reward model, penalty for unfinished responses included."""
+    """[batch]: the rewards weighted and added up, penalty for unfinished responses included."""
+    rewards: Mapping[str, Tensor]
+    """[batch] of each reward by itself, by name."""
     logprobs: Tensor
     """[batch, seq - 1] of the policy that sampled, recomputed by the trainer (or, where so configured, the generator's)."""
     ref_logprobs: Tensor
@@ -78,13 +81,16 @@ class ProximalPolicyOptimization(Stage):
         key = "data.pretraining.prefix"
         self.text = records.text(key, config.data.pretraining, seed=config.run.seed) if config.ppo.ptx_coef else None
         self.held_out = records.held_out("data.pretraining.valid_prefix", config.data.pretraining, apart_from=key)
-        problems = [*problems, *records.agree(run.world), *run.keep(records.fingerprints)]
+        functions = RewardFunctions(config.reward.functions, run.world)
+        fingerprints = records.fingerprints | functions.fingerprints
+        problems = [*problems, *functions.problems, *records.agree(run.world), *run.keep(fingerprints)]
         self.roles = PpoModels.build(config, run, tokenizer, problems=problems)
+        self.rewards = Rewards(config.reward, self.roles.reward, functions, tokenizer)
         self.notes = self.roles.notes
         self.models = {"policy": self.roles.policy} | ({"value": self.roles.value} if self.roles.value is not None else {})
         self.generator = PolicyGenerator(self.roles, tokenizer)
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
-        self.judge = self._judge(prompt_batch(valid, pad_id=tokenizer.pad_id)) if valid else None
+        self.judge = self._judge(valid) if valid else None
         self.total_steps = self.settings.iterations
         self.phases = Phases()
 
@@ -105,7 +111,7 @@ class ProximalPolicyOptimization(Stage):
         # rollouts -> experience
         minibatches = [self.minibatch_rows(rollouts.num_rows, number, epoch) for epoch in range(s.epochs)]
         with self.phases("score"):
-            judged = self.judged(rollouts, minibatches[0])
+            judged = self.judged(rollouts, rows, minibatches[0])
         experience, targets = self.experience(rollouts, judged)
 
         # experience -> updates
@@ -124,6 +130,7 @@ class ProximalPolicyOptimization(Stage):
 
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
         metrics = {"rollout/kl_coef": self.kl_coef} | step_metrics("policy", policy_steps, policy_rate)
+        metrics |= self.rewards.metrics(judged.rewards)
         metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
         if targets is not None:
             metrics |= value_metrics(targets.old_values, targets.returns, mask) | step_metrics("value", value_steps, value_rate)
@@ -170,16 +177,18 @@ class ProximalPolicyOptimization(Stage):
         sampling = self.config.generation.sampling
         return generate(self.generator.generator, prompts, sampling, seed=self.config.run.seed, purpose="ppo rollouts", iteration=iteration)
 
-    def judged(self, rollouts: Rollouts, minibatches: Sequence[Tensor] | None = None) -> Judgement:
-        """Scores, log-probabilities and values of an iteration's rollouts.
+    def judged(self, rollouts: Rollouts, rows: Sequence[PromptRow] = (), minibatches: Sequence[Tensor] | None = None) -> Judgement:
+        """Scores, log-probabilities and values of an iteration's rollouts; `rows` are their prompts, for rewards of one's own.
 
         With the first epoch's `minibatches` they come from the micro-batches that will be trained: in low precision a row
         beside other rows gives other numbers, and the first minibatch's ratio would not be exactly 1.
         """
         roles, mask = self.roles, rollouts.response_mask
-        scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
+        rewards = self.rewards.by_source(rollouts, rows)
+        scores = self.rewards.combined(rewards, normalize=self.config.reward.normalize)
         return Judgement(
-            scores=scores,
+            scores=penalize_unfinished(scores, rollouts.finished, penalty=self.settings.unfinished_penalty),
+            rewards=rewards,
             logprobs=(
                 roles.policy.logprobs(rollouts, mask, temperature=self.temperature, minibatches=minibatches)
                 if self.settings.recompute_logprobs
@@ -218,14 +227,14 @@ class ProximalPolicyOptimization(Stage):
                 num_episodes=self.settings.batch_size,
             )
 
-    def _judge(self, prompts: Prompts) -> ResponseJudge:
+    def _judge(self, valid: Sequence[PromptRow]) -> ResponseJudge:
         return ResponseJudge(
             self.generator.generator,
-            prompts,
+            prompt_batch(valid, pad_id=self.tokenizer.pad_id),
             self.config.generation.sampling,
             seed=self.config.run.seed,
             purpose="ppo validation",
-            reward=self.roles.reward,
+            reward=RewardsOf(self.rewards, valid),
             reference=self.roles.reference,
             policy=self.roles.policy,
         )

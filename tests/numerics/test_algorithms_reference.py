@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from megarlhf.algorithms.advantages import advantages_without_values, gae, group_relative, leave_one_out
+from megarlhf.algorithms.dpo import dpo_loss
 from megarlhf.algorithms.kl import k1, k2, k3
 from megarlhf.algorithms.language_model import language_model_loss
 from megarlhf.algorithms.logprobs import entropy_from_logits, logprobs_from_logits
 from megarlhf.algorithms.masked import explained_variance, standardize
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import count_prompts, ranking_loss
-from megarlhf.algorithms.rewards import kl_shaped_rewards
+from megarlhf.algorithms.rewards import kl_shaped_rewards, weighted_rewards
 from megarlhf.batch import Experience
 from megarlhf.engine.terms import PolicyLoss
 
@@ -388,3 +389,68 @@ def test_a_kl_in_the_reward_is_that_of_its_estimator(estimator):
         x = [float(logprobs[row, t] - ref_logprobs[row, t]) for t in mask[row].nonzero()[:, 0].tolist()]
         kl = sum({"k1": v, "k2": v * v / 2, "k3": math.exp(-v) - 1 + v}[estimator] for v in x)
         assert float(rewards[row].sum()) == pytest.approx(float(scores[row, 0]) - 0.3 * kl, rel=1e-4, abs=1e-5)
+
+
+# Direct preference optimisation
+
+
+def slow_dpo_loss(logprobs, ref_logprobs, lengths, ranks, prompt_index, kind, beta, smoothing):
+    """Every comparison by itself in float64, then the mean of each prompt's, then the sum over prompts."""
+    total, right, margins = torch.zeros((), dtype=torch.float64), 0, []
+    for prompt in sorted(set(prompt_index.tolist())):
+        rows = [i for i in range(len(ranks)) if prompt_index[i] == prompt]
+        pairs = [(w, l) for w in rows for l in rows if ranks[w] < ranks[l]]  # noqa: E741
+        for winner, loser in pairs:
+            gains = [logprobs[i] - ref_logprobs[i] for i in (winner, loser)]
+            if kind == "ipo":
+                margin = gains[0] / int(lengths[winner]) - gains[1] / int(lengths[loser])
+                loss = (margin - 1 / (2 * beta)) ** 2
+            else:
+                margin = gains[0] - gains[1]
+                right_way = 1 / (1 + (-beta * margin).exp())
+                loss = -(1 - smoothing) * right_way.log() - smoothing * (1 - right_way).log()
+            total = total + loss / len(pairs)
+            right += margin.item() > 0
+            margins.append(beta * margin.item())
+    return total, right, margins
+
+
+@SEEDS
+@pytest.mark.parametrize(("kind", "beta", "smoothing"), [("sigmoid", 0.1, 0.0), ("sigmoid", 0.5, 0.2), ("ipo", 0.1, 0.0)])
+def test_dpo_and_its_gradient_are_their_definitions(seed, kind, beta, smoothing):
+    scores, ranks, prompt_index = rankings(seed)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 20, ranks.shape, generator=generator)
+    ref_logprobs = -20 + torch.randn(len(ranks), generator=generator)
+    ours, theirs = (-20 + 2 * scores).requires_grad_(), (-20 + 2 * scores).double().requires_grad_()
+    how = {"kind": kind, "beta": beta, "label_smoothing": smoothing}
+    loss, stats = dpo_loss(ours, ref_logprobs, lengths, ranks, prompt_index, **how)
+    expected, right, margins = slow_dpo_loss(theirs, ref_logprobs.double(), lengths, ranks, prompt_index, kind, beta, smoothing)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    grads = [torch.autograd.grad(of, x)[0].double() for of, x in ((loss, ours), (expected, theirs))]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    assert int(stats["accuracy"][0]) == right and all(int(count) == len(margins) for _, count in stats.values())
+    assert float(stats["margin"][0]) == pytest.approx(sum(margins), rel=1e-4, abs=1e-4)
+    assert float(stats["reward_chosen"][0] - stats["reward_rejected"][0]) == pytest.approx(sum(margins), rel=1e-4, abs=1e-4)
+
+
+def test_dpo_of_a_model_that_is_its_reference_is_ln_2():
+    scores, ranks, prompt_index = rankings(0)
+    loss, stats = dpo_loss(scores, scores, torch.ones_like(ranks), ranks, prompt_index, kind="sigmoid", beta=0.1, label_smoothing=0.3)
+    assert float(loss) == pytest.approx(math.log(2) * count_prompts(ranks, prompt_index))
+    assert float(stats["margin"][0]) == 0 and int(stats["accuracy"][0]) == 0
+
+
+@SEEDS
+@pytest.mark.parametrize("normalize", [False, True])
+def test_several_rewards_add_up_by_their_weights(seed, normalize):
+    one, other = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    expected = []
+    for i in range(9):
+        parts = [float(x[i]) for x in (one, other)]
+        if normalize:
+            moments = [(float(x.double().mean()), float(x.double().std(correction=0))) for x in (one, other)]
+            parts = [(part - mean) / std for part, (mean, std) in zip(parts, moments, strict=True)]
+        expected.append(0.5 * parts[0] - 2 * parts[1])
+    assert weighted_rewards([one, other], [0.5, -2.0], normalize=normalize).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert torch.equal(weighted_rewards([one], [1.0], normalize=False), one)
