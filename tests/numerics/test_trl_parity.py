@@ -34,7 +34,8 @@ def test_dpo_is_trls(kind):
     accelerator = mock.MagicMock(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = mock.MagicMock(
         aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[kind],
-        loss_weights=[1.0], beta=0.1, label_smoothing=0.2, use_weighting=False, accelerator=accelerator, model=mock.MagicMock(training=False),
+        loss_weights=[1.0], beta=0.1, label_smoothing=0.2, use_weighting=False,
+        accelerator=accelerator, model=mock.MagicMock(training=False),
     )  # fmt: skip
     whole = torch.cat([torch.zeros(ROWS, 1, dtype=torch.bool), mask], dim=1).long()
     inputs = {"input_ids": torch.zeros(ROWS, WIDTH, dtype=torch.int64), "completion_mask": whole}
@@ -64,7 +65,8 @@ def test_grpo_is_trls(kind, normalization):
 
     theirs = logprobs.clone().requires_grad_()
     trainer = mock.MagicMock(
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level="token",
         beta=0.05, epsilon_low=0.2, epsilon_high=0.3, loss_type=kind, use_vllm=False, max_completion_length=12, _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1, args=mock.MagicMock(delta=None, use_bias_correction_kl=False),
         model=mock.MagicMock(training=True),
