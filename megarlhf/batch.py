@@ -75,16 +75,26 @@ class Rollouts(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Rows):
-    """What a PPO update needs to know of each episode."""
+    """What a policy's update needs to know of each episode."""
 
     response_mask: Tensor
     """[batch, seq - 1] bool."""
     old_logprobs: Tensor
     """[batch, seq - 1] float32, of the policy that acted, recomputed by the trainer."""
-    old_values: Tensor
-    """[batch, seq - 1] float32."""
+    ref_logprobs: Tensor
+    """[batch, seq - 1] float32, of the reference."""
     advantages: Tensor
-    """[batch, seq - 1] float32, standardized over the iteration's response tokens."""
+    """[batch, seq - 1] float32, standardized over the iteration's response tokens where so configured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueTargets(Rows):
+    """What a value function's update needs to know of each episode."""
+
+    response_mask: Tensor
+    """[batch, seq - 1] bool."""
+    old_values: Tensor
+    """[batch, seq - 1] float32, of the value function before the iteration's updates."""
     returns: Tensor
     """[batch, seq - 1] float32, from the advantages before they were standardized."""
 
@@ -110,6 +120,16 @@ class RankingBatch(Rows):
     def groups(self) -> Tensor:
         """The prompt of each completion: a prompt's comparisons are one batch element (Ouyang et al. 2022, section 3.5)."""
         return self.prompt_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceBatch(RankingBatch):
+    """Ranked completions for a language model that learns from them directly."""
+
+    response_mask: Tensor
+    """[completions, seq - 1] bool: positions that predict a token of the completion, EOS included."""
+    ref_logprobs: Tensor
+    """[completions] float64: the reference's log-probability of the whole completion."""
 
 
 def pad_rows(rows: list[list[int]], *, pad_id: int, width: int | None = None) -> tuple[Tensor, Tensor]:

@@ -179,6 +179,8 @@ def _stage(name: str) -> Callable[..., dict[str, float]]:
         from megarlhf.trainers.reward_model import reward_model as stage
     elif name == "ppo":
         from megarlhf.trainers.ppo import ppo as stage
+    elif name == "dpo":
+        from megarlhf.trainers.dpo import dpo as stage
     elif name == "generate":
         from megarlhf.trainers.generate import generate_responses as stage
     else:

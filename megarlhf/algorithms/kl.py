@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -19,6 +24,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(x) - 1 - x with x = log pi_ref - log pi: unbiased and never negative."""
     x = ref_logprobs - logprobs
     return x.expm1() - x  # exp(x) - 1 would lose a small x, and go below it
+
+
+ESTIMATORS: dict[Estimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def adapted_kl_coef(kl_coef: float, *, kl_per_episode: float, target: float, horizon: int, num_episodes: int) -> float:

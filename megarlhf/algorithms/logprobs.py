@@ -24,3 +24,11 @@ def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
     logprobs = logprobs.clamp(min=torch.finfo(torch.float32).min)  # 0 * -inf would be nan
     return -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def response_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """[batch] float64: the log-probability of each row's True positions together; both [batch, seq - 1].
+
+    In float64 the sum depends neither on the padding nor on the order of additions.
+    """
+    return torch.where(mask, logprobs, 0.0).sum(dim=1, dtype=torch.float64)

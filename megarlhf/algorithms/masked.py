@@ -19,6 +19,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
+def one_over_length(mask: Tensor) -> Tensor:
+    """[batch, 1] float32: one over the True positions of each row of [batch, seq]; 1 for a row without any."""
+    return 1 / mask.sum(dim=1, keepdim=True).clamp(min=1).float()
+
+
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
     """Biased variance of x where mask is True."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

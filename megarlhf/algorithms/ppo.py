@@ -12,18 +12,30 @@ MAX_LOG_RATIO = 20.0
 """Where the log of the probability ratio is clamped, so that its exp stays finite."""
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float) -> tuple[Tensor, Stats]:
-    """-sum min(rho A, clip(rho, 1 - clip, 1 + clip) A) (Schulman et al. 2017, equation 7).
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    clip_high: float | None = None,
+    weights: Tensor | float = 1.0,
+) -> tuple[Tensor, Stats]:
+    """-sum w min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, equation 7; w is 1 there).
 
-    Args: logprobs of the policy being trained, old_logprobs of the one that acted, advantages: [batch, seq - 1]; mask bool.
+    clip_high is clip where it is None; a wider one leaves rare tokens more room to become likely (Yu et al. 2025, equation 10).
+
+    Args: logprobs of the policy being trained, old_logprobs of the one that acted, advantages: [batch, seq - 1]; mask bool;
+    weights of the positions, such as [batch, 1].
     Returns: (sum over the mask, {"clip_fraction" (positions whose clipped term is the smaller), "approx_kl" (k3 of old
     against new), "ratio"}).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    loss = masked_sum(weights * torch.maximum(unclipped, clipped), mask)
     count = mask.sum()
     with torch.no_grad():
         outside = masked_sum((clipped > unclipped).float(), mask)

@@ -20,6 +20,14 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
     return table
 
 
+def comparisons(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts])."""
+    table = completions_by_prompt(prompt_index)
+    real, rank = table >= 0, ranks[table]  # [prompts, K]
+    better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])
+    return table, better, better.sum(dim=(1, 2))
+
+
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Stats]:
     """Sum over prompts of the mean over their comparisons of -log sigmoid(r_w - r_l).
 
@@ -29,11 +37,9 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[T
     Args: scores [n] float; ranks [n] int64, 1 best; prompt_index [n] int64.
     Returns: (sum over prompts, {"accuracy" (comparisons whose winner scores higher), "score_gap" (r_w - r_l)}).
     """
-    table = completions_by_prompt(prompt_index)
-    real, score, rank = table >= 0, scores.float()[table], ranks[table]  # [prompts, K]
-    better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])  # [prompts, winner, loser]
+    table, better, pairs = comparisons(ranks, prompt_index)
+    score = scores.float()[table]  # [prompts, K]
     gap = torch.where(better, score[:, :, None] - score[:, None, :], 0.0)
-    pairs = better.sum(dim=(1, 2))  # [prompts]
     loss = torch.where(better, -F.logsigmoid(gap), 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)
     count = pairs.sum()
     return loss.sum(), {"accuracy": ((gap > 0).sum(), count), "score_gap": (gap.detach().sum(), count)}

@@ -51,6 +51,10 @@ def _file(path: Path) -> str | None:
     return None if os.access(path, os.R_OK) else f"{path} may not be read by this user"
 
 
+def _function(path: Path) -> str | None:
+    return _file(Path(str(path).rpartition(":")[0]))
+
+
 def _corpus(prefix: Path) -> str | None:
     for ending in (".bin", ".idx"):
         path = prefix.with_name(prefix.name + ending)
@@ -83,6 +87,7 @@ def _output(path: Path) -> str | None:
 
 _CHECKS: dict[str, Callable[[Path], str | None]] = {
     "file": _file,
+    "function": _function,
     "corpus": _corpus,
     "tokenizer": _tokenizer,
     "run": _run,

@@ -76,6 +76,13 @@ def fresh_doubts(**models: ModelConfig) -> list[str]:
     return [f"{role}.architecture starts from random weights; the paper loads a trained model here" for role in fresh]
 
 
+def reference_doubts(name: str, model: ModelConfig, reference: ModelConfig) -> list[str]:
+    """A reference that is not what the policy, the model of that `name`, starts from."""
+    if model.load is None or model.load == reference.load:
+        return []
+    return [f"reference.load {reference.load} is not what the policy starts from, {name}.load {model.load}"]
+
+
 def idle_doubts(config: Any) -> list[str]:
     """Keys that a command never reads and that are not what they are by default."""
     found = []

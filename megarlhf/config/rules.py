@@ -64,6 +64,7 @@ class NotEmpty:
         return "not empty"
 
 
+_FUNCTION = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -71,8 +72,9 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 class PathTo:
     """A path, with ``~`` and ``${NAME}`` put in; a relative one is seen from where the command is started."""
 
-    what: Literal["file", "corpus", "run", "tokenizer", "output"]
-    """A file to read; the .bin and .idx files of a prefix; a run or checkpoint; a file or folder; a folder that is written."""
+    what: Literal["file", "corpus", "run", "tokenizer", "output", "function"]
+    """A file to read; the .bin and .idx files of a prefix; a run or checkpoint; a file or folder; a folder that is written; a file.py and
+    a function in it, with a colon between."""
 
     def accept(self, value: str) -> str:
         """The path to use. ValueError where it is empty or names a variable that is not set."""
@@ -80,10 +82,14 @@ class PathTo:
             raise ValueError("must be a path, got an empty one")
         if "\0" in value:
             raise ValueError(f"must be a path, got {value!r}, which holds a null character")
+        if self.what == "function" and not _FUNCTION.fullmatch(value):
+            raise ValueError(f"must be a Python file and a function in it, such as my_rewards.py:score, got {value!r}")
         return os.path.expanduser(_VARIABLE.sub(_variable, value))
 
     def __str__(self) -> str:
-        return {"corpus": "path without .bin and .idx", "output": "path of a folder"}.get(self.what, f"path of a {self.what}")
+        named = {"corpus": "path without .bin and .idx", "function": "file.py:function", "output": "path of a folder"}
+        return named.get(self.what, f"path of a {self.what}")
+
 
 
 def _variable(match: re.Match[str]) -> str:
@@ -123,4 +129,5 @@ InputFile = Annotated[str, PathTo("file")]
 Corpus = Annotated[str, PathTo("corpus")]
 RunOrCheckpoint = Annotated[str, PathTo("run")]
 TokenizerPath = Annotated[str, PathTo("tokenizer")]
+FunctionInFile = Annotated[str, PathTo("function")]
 OutputFolder = Annotated[str, PathTo("output")]

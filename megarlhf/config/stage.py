@@ -12,7 +12,7 @@ from megarlhf.config.sections import ParallelConfig, RunConfig, TokenizerConfig
 class StageConfig:
     """What every command needs."""
 
-    stage: Literal["pretrain", "sft", "reward", "ppo", "generate", "evaluate"]
+    stage: Literal["pretrain", "sft", "reward", "ppo", "dpo", "generate", "evaluate"]
     """The command this file is for; `megarlhf <command>` refuses a file for another."""
     run: RunConfig
     """Where the run lives."""

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megarlhf.config.dpo import DpoConfig
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import show
 from megarlhf.config.inference import EvaluateConfig, GenerateConfig
@@ -20,6 +21,7 @@ COMMANDS: dict[str, type[StageConfig]] = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "ppo": PpoConfig,
+    "dpo": DpoConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Prompts, RankingBatch, TextBatch, pad_rows
+from megarlhf.batch import PreferenceBatch, Prompts, RankingBatch, TextBatch, pad_rows
 from megarlhf.data.tokenized import DemonstrationRow, PromptRow, RankingRow
 
 
@@ -48,4 +48,16 @@ def ranking_batch(rows: Sequence[RankingRow], *, pad_id: int) -> RankingBatch:
         lengths=lengths,
         ranks=torch.tensor([rank for row in rows for rank in row.ranks], dtype=torch.int64),
         prompt_index=torch.tensor([i for i, row in enumerate(rows) for _ in row.ranks], dtype=torch.int64),
+    )
+
+
+def preference_batch(rows: Sequence[RankingRow], *, pad_id: int, ref_logprobs: Sequence[Tensor] = ()) -> PreferenceBatch:
+    """Rankings for DPO: see `ranking_batch`. ref_logprobs: of each ranking's completions [K] float64; 0 without them."""
+    ranked = ranking_batch(rows, pad_id=pad_id)
+    prompt_lengths = torch.tensor([len(row.prompt_ids) for row in rows for _ in row.ranks], dtype=torch.int64)
+    predicted = torch.arange(1, ranked.tokens.shape[1])  # position t is about token t + 1
+    return PreferenceBatch(
+        **vars(ranked),
+        response_mask=(predicted >= prompt_lengths[:, None]) & (predicted < ranked.lengths[:, None]),
+        ref_logprobs=torch.cat(list(ref_logprobs)) if ref_logprobs else torch.zeros(len(ranked.ranks), dtype=torch.float64),
     )

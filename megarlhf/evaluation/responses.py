@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -24,6 +24,14 @@ ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl")
 
 Purpose = Literal["ppo rollouts", "ppo validation", "sft validation", "generate", "evaluate"]
 """What responses are sampled for. Each has a noise of its own, of the same seed: no two purposes see the same draws."""
+
+
+class Scorer(Protocol):
+    """What gives responses a score: a reward model's engine, or rewards of one's own."""
+
+    def scores(self, batch: Rollouts) -> Tensor:
+        """[batch] float32, the same on every rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class ResponseJudge:
     sampling: SamplingConfig
     seed: int
     purpose: Purpose
-    reward: Engine | None = None
+    reward: Scorer | None = None
     reference: Engine | None = None
     policy: Engine | None = None
     """The engine behind the generator; needed with a reference."""

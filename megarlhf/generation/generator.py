@@ -136,10 +136,13 @@ class Generator:
             finished=torch.zeros(n, dtype=torch.bool, device=device),
         )
         max_len = min(width + max_new, self.architecture.max_seq_len)
-        cache = self._cache(n, max_len)
+        prefilled, same_as = _without_copies(tokens)  # samples of one prompt share its prefill
+        cache = self._cache(len(prefilled), max_len)
         cache.prefill(width)
-        hidden = self._forward(tokens, cache)
-        last = None if hidden is None else hidden[lengths - 1, torch.arange(n, device=device)]  # [rows, h]
+        hidden = self._forward(prefilled, cache)
+        last = None if hidden is None else hidden[lengths - 1, same_as]  # [rows, h]
+        if len(prefilled) < n:
+            cache.keep(same_as)
         rows = torch.arange(n, device=device)  # which rows are still in the batch
         open_rows = torch.ones(n, dtype=torch.bool, device=device)
         for step in range(max_new):
@@ -246,3 +249,9 @@ class Generator:
             logprobs=placed,
             finished=finished,
         )
+
+
+def _without_copies(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(the distinct rows of [n, width], for each row which of them it is [n]); the rows as they are where all are distinct."""
+    distinct, number = rows.unique(dim=0, return_inverse=True)
+    return (distinct, number) if len(distinct) < len(rows) else (rows, torch.arange(len(rows), device=rows.device))

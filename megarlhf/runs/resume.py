@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 KEPT = {
     "run.seed": "order, noise and samples would be another run's",
     "batch_size": "the number of steps and the place in an epoch follow from it",
+    "ppo.advantages": "which models are trained follows from it",
     "select_by": "the best checkpoint so far was chosen by it",
 }
 """Keys that a run keeps from its first step to its last, and why; so do those of an architecture."""

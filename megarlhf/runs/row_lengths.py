@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import singledispatch
 
+from megarlhf.config.dpo import DpoConfig
 from megarlhf.config.inference import EvaluateConfig, GenerateConfig
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, SamplingConfig
@@ -69,6 +70,11 @@ def _(config: PpoConfig) -> dict[str, list[RowLength]]:
     )
     others = {role: [sampled] for role in ("value", "reward", "reference")}
     return {"policy": [sampled, *_packed(config.data.pretraining)], **others}
+
+
+@_row_lengths.register
+def _(config: DpoConfig) -> dict[str, list[RowLength]]:
+    return {"model": [_given(config.limits), *_packed(config.data.pretraining)], "reference": [_given(config.limits)]}
 
 
 @_row_lengths.register

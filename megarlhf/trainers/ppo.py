@@ -1,20 +1,20 @@
-"""PPO-ptx with four co-resident models (Ouyang et al. 2022, section 3.5, equation 2 and Appendix C.4)."""
+"""PPO-ptx with four co-resident models (Ouyang et al. 2022, section 3.5, equation 2 and Appendix C.4), or without a value function."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megarlhf.algorithms.gae import gae
+from megarlhf.algorithms.advantages import advantages_without_values, gae
 from megarlhf.algorithms.kl import adapted_kl_coef
 from megarlhf.algorithms.learning_rate import constant_with_warmup
 from megarlhf.algorithms.masked import standardize
 from megarlhf.algorithms.rewards import kl_shaped_rewards, penalize_unfinished
-from megarlhf.batch import Experience, Prompts, Rollouts
+from megarlhf.batch import Experience, Prompts, Rollouts, ValueTargets
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
@@ -29,8 +29,9 @@ from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
+from megarlhf.runs.rewards import RewardFunctions, Rewards, RewardsOf
 from megarlhf.trainers.policy_generator import PolicyGenerator
-from megarlhf.trainers.ppo_metrics import rollout_metrics, value_metrics
+from megarlhf.trainers.ppo_metrics import group_metrics, rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
 
 
@@ -39,13 +40,15 @@ class Judgement:
     """What the frozen models and the two trained ones say of an iteration's rollouts."""
 
     scores: Tensor
-    """[batch] of the reward model, penalty for unfinished responses included."""
+    """[batch]: the rewards weighted and added up, penalty for unfinished responses included."""
+    rewards: Mapping[str, Tensor]
+    """[batch] of each reward by itself, by name."""
     logprobs: Tensor
     """[batch, seq - 1] of the policy that sampled, recomputed by the trainer (or, where so configured, the generator's)."""
     ref_logprobs: Tensor
     """[batch, seq - 1] of the reference."""
-    values: Tensor
-    """[batch, seq - 1] of the value function."""
+    values: Tensor | None
+    """[batch, seq - 1] of the value function, where there is one."""
 
 
 class ProximalPolicyOptimization(Stage):
@@ -63,7 +66,7 @@ class ProximalPolicyOptimization(Stage):
         *,
         problems: Sequence[str] = (),
     ) -> None:
-        """Build the four models and the generator; `valid` are the prompts of evaluations, if any.
+        """Build the models and the generator; `valid` are the prompts of evaluations, if any.
 
         ConfigError lists all that does not fit, and the `problems` that were found with the prompts.
         """
@@ -78,14 +81,17 @@ class ProximalPolicyOptimization(Stage):
         section, text = "data.pretraining", config.data.pretraining
         self.text = records.text(section, text, seed=config.run.seed) if config.ppo.ptx_coef else None
         self.held_out = records.held_out(section, text)
-        problems = [*problems, *records.agree(run.world), *run.keep(records.fingerprints)]
+        functions = RewardFunctions(config.reward.functions, run.world)
+        fingerprints = records.fingerprints | functions.fingerprints
+        problems = [*problems, *functions.problems, *records.agree(run.world), *run.keep(fingerprints)]
         self.roles = PpoModels.build(config, run, tokenizer, problems=problems)
+        self.rewards = Rewards(config.reward, self.roles.reward, functions, tokenizer)
         rows = self.settings.iterations * self.settings.epochs * self.settings.batch_size * self.settings.ptx_ratio
         self.notes = [*(self.text.notes(rows) if self.text else []), *self.roles.notes]
-        self.models = {"policy": self.roles.policy, "value": self.roles.value}
+        self.models = {"policy": self.roles.policy} | ({"value": self.roles.value} if self.roles.value is not None else {})
         self.generator = PolicyGenerator(self.roles, tokenizer)
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
-        self.judge = self._judge(prompt_batch(valid, pad_id=tokenizer.pad_id)) if valid else None
+        self.judge = self._judge(valid) if valid else None
         self.total_steps = self.settings.iterations
         self.phases = Phases()
 
@@ -98,7 +104,7 @@ class ProximalPolicyOptimization(Stage):
             self.generator.publish()
 
         # prompts -> rollouts
-        rows = [self.prompts[i] for i in self.order.take(s.batch_size)]
+        rows = [self.prompts[i] for i in self.order.take(s.batch_size // s.samples_per_prompt) for _ in range(s.samples_per_prompt)]
         with self.phases("generate"):
             rollouts = self.rollouts(prompt_batch(rows, pad_id=self.tokenizer.pad_id), number)
         mask = rollouts.response_mask
@@ -106,64 +112,92 @@ class ProximalPolicyOptimization(Stage):
         # rollouts -> experience
         minibatches = [self.minibatch_rows(rollouts.num_rows, number, epoch) for epoch in range(s.epochs)]
         with self.phases("score"):
-            judged = self.judged(rollouts, minibatches[0])
-        rewards = kl_shaped_rewards(judged.scores, judged.logprobs, judged.ref_logprobs, mask, kl_coef=self.kl_coef)
-        advantages, returns = gae(rewards, judged.values, mask, gamma=s.gamma, lam=s.gae_lambda)
-        experience = Experience(
-            tokens=rollouts.tokens,
-            lengths=rollouts.lengths,
-            response_mask=mask,
-            old_logprobs=judged.logprobs,
-            old_values=judged.values,
-            advantages=standardize(advantages, mask) if s.standardize_advantages else advantages,
-            returns=returns,
-        )
+            judged = self.judged(rollouts, rows, minibatches[0])
+        experience, targets = self.experience(rollouts, judged)
 
         # experience -> updates
         policy_rate = self.learning_rate(number, self.config.policy.adam.learning_rate)
-        value_rate = self.learning_rate(number, self.config.value.adam.learning_rate)
+        value_rate = self.learning_rate(number, self.config.value.adam.learning_rate) if targets is not None else 0.0
         policy_steps: list[StepResult] = []
         value_steps: list[StepResult] = []
         with self.phases("update"):
             for index in itertools.chain(*minibatches):
-                minibatch = experience.rows(index)
-                terms = [Term("policy", PolicyLoss(clip=s.clip, temperature=self.temperature), minibatch), *self.pretraining_terms()]
+                terms = [Term("policy", self.policy_loss(), experience.rows(index)), *self.pretraining_terms()]
                 policy_steps.append(roles.policy.step(terms, learning_rate=policy_rate))
-                terms = [Term("value", ValueLoss(clip=s.value_clip), minibatch)]
-                value_steps.append(roles.value.step(terms, learning_rate=value_rate))
+                if targets is not None:
+                    terms = [Term("value", ValueLoss(clip=s.value_clip), targets.rows(index))]
+                    value_steps.append(roles.value.step(terms, learning_rate=value_rate))
             roles.policy.ema.update()
 
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
-        metrics = {"rollout/kl_coef": self.kl_coef, **value_metrics(judged.values, returns, mask)}
+        metrics = {"rollout/kl_coef": self.kl_coef} | step_metrics("policy", policy_steps, policy_rate)
+        metrics |= self.rewards.metrics(judged.rewards)
         metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
         metrics |= self.text.metrics() if self.text else {}
-        metrics |= step_metrics("policy", policy_steps, policy_rate) | step_metrics("value", value_steps, value_rate)
+        if targets is not None:
+            metrics |= value_metrics(targets.old_values, targets.returns, mask) | step_metrics("value", value_steps, value_rate)
+        if s.samples_per_prompt > 1:
+            metrics |= group_metrics(judged.scores, group_size=s.samples_per_prompt)
         self.adapt_kl(metrics["rollout/kl"])
         trained = sum(result.tokens for result in (*policy_steps, *value_steps))
         return metrics | self.phases.metrics(generate=int(mask.sum()), update=trained)
+
+    def experience(self, rollouts: Rollouts, judged: Judgement) -> tuple[Experience, ValueTargets | None]:
+        """Rewards and advantages of an iteration's rollouts: what the policy, and the value function if any, learn from."""
+        s, mask = self.settings, rollouts.response_mask
+        in_reward = self.kl_coef if s.kl_in == "reward" else 0.0
+        how = {"kl_coef": in_reward, "estimator": s.kl_estimator}
+        rewards = kl_shaped_rewards(judged.scores, judged.logprobs, judged.ref_logprobs, mask, **how)
+        rows = {"tokens": rollouts.tokens, "lengths": rollouts.lengths, "response_mask": mask}
+        targets = None
+        if judged.values is not None:
+            advantages, returns = gae(rewards, judged.values, mask, gamma=s.gamma, lam=s.gae_lambda)
+            targets = ValueTargets(**rows, old_values=judged.values, returns=returns)
+        else:
+            how = {"gamma": s.gamma, "group_size": s.samples_per_prompt, "divide_by_std": s.divide_by_std}
+            advantages = advantages_without_values(s.advantages, rewards, mask, **how)
+        if s.standardizes:
+            advantages = standardize(advantages, mask)
+        whole = Experience(**rows, old_logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs, advantages=advantages)
+        return whole, targets
+
+    def policy_loss(self) -> PolicyLoss:
+        """What the policy learns by, with the KL in it where it is not in the rewards."""
+        s = self.settings
+        return PolicyLoss(
+            clip=s.clip,
+            temperature=self.temperature,
+            clip_high=s.clip_high,
+            kl_coef=self.kl_coef if s.kl_in == "loss" else 0.0,
+            kl_estimator=s.kl_estimator,
+            normalization=s.normalization,
+            max_len=self.config.generation.sampling.max_new_tokens if s.normalization == "constant" else None,
+        )
 
     def rollouts(self, prompts: Prompts, iteration: int) -> Rollouts:
         """One response to each prompt from the present policy."""
         sampling = self.config.generation.sampling
         return generate(self.generator.generator, prompts, sampling, seed=self.config.run.seed, purpose="ppo rollouts", iteration=iteration)
 
-    def judged(self, rollouts: Rollouts, minibatches: Sequence[Tensor] | None = None) -> Judgement:
-        """Scores, log-probabilities and values of an iteration's rollouts.
+    def judged(self, rollouts: Rollouts, rows: Sequence[PromptRow] = (), minibatches: Sequence[Tensor] | None = None) -> Judgement:
+        """Scores, log-probabilities and values of an iteration's rollouts; `rows` are their prompts, for rewards of one's own.
 
         With the first epoch's `minibatches` they come from the micro-batches that will be trained: in low precision a row
         beside other rows gives other numbers, and the first minibatch's ratio would not be exactly 1.
         """
         roles, mask = self.roles, rollouts.response_mask
-        scores = penalize_unfinished(roles.reward.scores(rollouts), rollouts.finished, penalty=self.settings.unfinished_penalty)
+        rewards = self.rewards.by_source(rollouts, rows)
+        scores = self.rewards.combined(rewards, normalize=self.config.reward.normalize)
         return Judgement(
-            scores=scores,
+            scores=penalize_unfinished(scores, rollouts.finished, penalty=self.settings.unfinished_penalty),
+            rewards=rewards,
             logprobs=(
                 roles.policy.logprobs(rollouts, mask, temperature=self.temperature, minibatches=minibatches)
                 if self.settings.recompute_logprobs
                 else rollouts.logprobs
             ),
             ref_logprobs=roles.reference.logprobs(rollouts, mask, temperature=self.temperature, minibatches=minibatches),
-            values=roles.value.values(rollouts, mask, minibatches=minibatches),
+            values=roles.value.values(rollouts, mask, minibatches=minibatches) if roles.value is not None else None,
         )
 
     def minibatch_rows(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
@@ -195,14 +229,14 @@ class ProximalPolicyOptimization(Stage):
                 num_episodes=self.settings.batch_size,
             )
 
-    def _judge(self, prompts: Prompts) -> ResponseJudge:
+    def _judge(self, valid: Sequence[PromptRow]) -> ResponseJudge:
         return ResponseJudge(
             self.generator.generator,
-            prompts,
+            prompt_batch(valid, pad_id=self.tokenizer.pad_id),
             self.config.generation.sampling,
             seed=self.config.run.seed,
             purpose="ppo validation",
-            reward=self.roles.reward,
+            reward=RewardsOf(self.rewards, valid),
             reference=self.roles.reference,
             policy=self.roles.policy,
         )
@@ -235,7 +269,9 @@ def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, fl
     with Run(config, world, fresh=fresh) as run:
         tokenizer = open_tokenizer(config.tokenizer, world)
         records = Records(tokenizer, config.limits)
-        prompts = records.prompts("data.prompts", config.data.prompts, batch=("ppo.batch_size", config.ppo.batch_size))
+        samples = config.ppo.samples_per_prompt
+        batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
+        prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)
         valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
         problems = [*records.agree(world), *run.keep(records.fingerprints)]
         stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)

@@ -39,3 +39,10 @@ def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, fl
         metrics[f"{name}_mean"] = float(masked_mean(x, mask))
         metrics[f"{name}_std"] = float(masked_variance(x, mask).sqrt())
     return metrics
+
+
+def group_metrics(scores: Tensor, *, group_size: int) -> dict[str, float]:
+    """How the samples of one prompt differ: the mean standard deviation of their scores, and the share of groups that all tie."""
+    groups = scores.double().view(-1, group_size)
+    tied = (groups == groups[:, :1]).all(dim=1)
+    return {"rollout/group_std": float(groups.std(dim=1).mean()), "rollout/tied_groups": float(tied.double().mean())}

@@ -13,7 +13,7 @@ from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
 from megarlhf.parallel.groups import World
 
-STAGES = ("base", "sft", "reward", "ppo")
+STAGES = ("base", "sft", "reward", "ppo", "grpo", "dpo")
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "max_seq_len": 40, "init_std": 0.1}
 SMALL = {**SIZES, "num_layers": 2, "hidden_size": 16}
 ADAM = {"learning_rate": 3e-3, "eps": 1e-5}
@@ -28,6 +28,41 @@ def make_recipe(folder: Path) -> Path:
     return folder
 
 
+REWARD_FUNCTIONS = '''
+"""Rewards of one's own, and what users get wrong in them."""
+
+
+def count_e(prompts, responses, records):
+    """How often a response says "e"."""
+    return [response.count("e") for response in responses]
+
+
+def length(prompts, responses, records):
+    """How long a prompt and its response are, and whether the record says so."""
+    return [len(p) + len(r) / 10 + record.get("bonus", 0) for p, r, record in zip(prompts, responses, records, strict=True)]
+
+
+def short(prompts, responses, records):
+    return [1.0]
+
+
+def nothing(prompts, responses, records):
+    return None
+
+
+def not_a_number(prompts, responses, records):
+    return [float("nan")] * len(prompts)
+
+
+def text(prompts, responses, records):
+    return ["good"] * len(prompts)
+
+
+def fails(prompts, responses, records):
+    return [record["bonus"] for record in records]  # which prompts_valid.jsonl does not have
+'''
+
+
 def make_data(folder: Path) -> None:
     """Write a tokenizer, two corpora, and demonstrations, prompts and rankings, each for training and for validation."""
     texts = [topics[name] for name in sorted(topics)]
@@ -40,7 +75,8 @@ def make_data(folder: Path) -> None:
     asked = [{"prompt": f"{word}?\n", "response": f"It is a {word}."} for word in words]
     write_lines(folder / "demonstrations.jsonl", asked[:24])
     write_lines(folder / "demonstrations_valid.jsonl", asked[24:32])
-    write_lines(folder / "prompts.jsonl", [{"prompt": record["prompt"]} for record in asked[32:52]])
+    write_lines(folder / "prompts.jsonl", [{"prompt": record["prompt"], "bonus": i} for i, record in enumerate(asked[32:52])])
+    (folder / "my_rewards.py").write_text(REWARD_FUNCTIONS)
     write_lines(folder / "prompts_valid.jsonl", [{"prompt": record["prompt"]} for record in asked[52:58]])
     ranked = []
     for number, word in enumerate(words[:20]):
@@ -79,6 +115,12 @@ def configurations(folder: Path) -> dict[str, dict]:
             },
             "generation": {"sampling": sampling},
         },
+        "dpo": {
+            "stage": "dpo", "model": {**trained, "load": f"{folder}/runs/sft"},
+            "reference": {"load": f"{folder}/runs/sft", "micro_batch_size": 3},
+            "data": {"train": f"{folder}/rankings.jsonl", "valid": f"{folder}/rankings_valid.jsonl", "pretraining": corpus},
+            "limits": LIMITS, "batch_size": 6, "dpo": {"ptx_coef": 0.5},
+        },
         "generate": {
             "stage": "generate", "model": {"load": f"{folder}/runs/ppo"}, "prompts": prompts["prompts"],
             "limits": {"max_prompt_len": 16}, "sampling": sampling,
@@ -89,6 +131,14 @@ def configurations(folder: Path) -> dict[str, dict]:
             "text": {key: value for key, value in corpus.items() if key != "prefix"},
         },
     }
+    without_values = {
+        "advantages": "grpo", "samples_per_prompt": 4, "clip_high": 0.3, "kl_in": "loss", "kl_estimator": "k3", "normalization": "sequence",
+    }  # fmt: skip
+    functions = [{"function": f"{folder}/my_rewards.py:count_e", "weight": 0.5}, {"function": f"{folder}/my_rewards.py:length"}]
+    stages["grpo"] = {
+        **stages["ppo"], "value": None, "ppo": {**stages["ppo"]["ppo"], **without_values},
+        "reward": {**reward, "functions": functions, "normalize": True},
+    }  # fmt: skip
     shared = {"tokenizer": {"path": f"{folder}/tokenizer.model"}}
     return {name: {**shared, "run": {"dir": f"{folder}/runs/{name}"}, **stage} for name, stage in stages.items()}
 
@@ -115,7 +165,7 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
     """
     from megarlhf import cli
     from megarlhf.runs import loop
-    from megarlhf.trainers import ppo, pretrain, reward_model, sft
+    from megarlhf.trainers import dpo, ppo, pretrain, reward_model, sft
 
     stages = []
 
@@ -134,7 +184,7 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
 
     config = load_stage_config(path, overrides)
     with contextlib.ExitStack() as stack:
-        for module in (ppo, pretrain, reward_model, sft):
+        for module in (dpo, ppo, pretrain, reward_model, sft):
             stack.enter_context(mock.patch.object(module, "run_stage", watched))
         stack.enter_context(contextlib.suppress(Interrupted))
         cli._stage(config.stage)(config, World.connect(), fresh=fresh)

@@ -12,7 +12,7 @@ from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import PolicyLoss, Term, ValueLoss
 from megarlhf.generation.generator import Generator
 from megarlhf.parallel.groups import World
-from tests.distributed.training import ADAM, LEARNING_RATE, build, experience, local_weights, outputs, terms_of
+from tests.distributed.training import ADAM, LEARNING_RATE, build, experience, local_weights, outputs, terms_of, value_targets
 
 SP = {"sequence_parallel": True}
 MODEST = dataclasses.replace(ADAM, initial_loss_scale=1024.0)
@@ -41,7 +41,7 @@ def check_first_minibatch(precision, axes):
         assert result.losses["policy"] == pytest.approx(-float(mean), abs=1e-5)
 
     critic = build("value", engine.groups, micro_batch_size=3, precision=precision, adam=MODEST)
-    batch = dataclasses.replace(whole, old_values=critic.values(whole, whole.response_mask, minibatches=minibatches))
+    batch = dataclasses.replace(value_targets(), old_values=critic.values(whole, whole.response_mask, minibatches=minibatches))
     result = critic.step([Term("value", ValueLoss(clip=1e-30), batch.rows(minibatches[0]))], learning_rate=0.0)
     assert result.stats["value/clip_fraction"][0] == 0  # no value has changed at all
 

@@ -63,7 +63,7 @@ def test_every_stage_gives_the_same_curves_in_every_layout(recipe, ranks2, ranks
     (ranks2 if num_ranks == 2 else ranks4).run(check_stages, recipe, tmp_path, STAGES, overrides)
     for stage in STAGES:
         assert_alike(curves(tmp_path / stage), curves(recipe / "runs" / stage))
-    for stage in ("sft", "ppo"):
+    for stage in ("sft", "ppo", "grpo"):
         assert_alike(lines_of(tmp_path / stage / "samples.jsonl"), lines_of(recipe / "runs" / stage / "samples.jsonl"))
 
 
@@ -117,6 +117,8 @@ WORSE = ["model.adam.learning_rate=0.3", "schedule.shape=constant"]
 RESUMED = {
     "sft": ["dropout=0.1", "select_by=valid_loss", "run.eval_every=1", "run.keep_checkpoints=1", *WORSE],
     "ppo": ["ppo.iterations=4", "run.eval_every=3", "policy.parallel.tp=2", "ppo.epochs=2", "ppo.minibatch_size=8"],
+    "dpo": ["run.eval_every=3", "model.parallel.tp=2", "dpo.loss=ipo"],
+    "grpo": ["ppo.iterations=4", "run.eval_every=3", "policy.parallel.tp=2", "ppo.epochs=2", "ppo.advantages=rloo", "ppo.kl_in=reward"],
 }
 
 
@@ -131,7 +133,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(recipe, ranks1, ranks2
     one_rank = [override for override in RESUMED[name] if "parallel" not in override]
     if name == "sft":
         return  # dropout's noise is drawn for each layout
-    ranks1.run(check_stages, recipe, tmp_path, ["ppo"], [*one_rank, f"run.dir={tmp_path / 'elsewhere'}", "run.save_every=2"])
+    ranks1.run(check_stages, recipe, tmp_path, [name], [*one_rank, f"run.dir={tmp_path / 'elsewhere'}", "run.save_every=2"])
     assert_alike(curves(tmp_path / "elsewhere"), whole)
 
 
@@ -181,6 +183,56 @@ def test_what_a_start_in_a_used_folder_does(recipe, ranks1, tmp_path):
     for name in ("ppo", "sft"):
         shutil.copytree(recipe / "runs" / name, tmp_path / name)
     ranks1.run(check_folders, recipe, tmp_path)
+
+
+# Rewards of one's own
+
+
+def check_functions(folder, runs):
+    """A run without a reward model, and what is said of functions that are wrong, and of another one at a resume."""
+    file, grpo = runs / "mine.py", folder / "grpo.yaml"
+    if World.connect().rank == 0:
+        shutil.copy(folder / "my_rewards.py", file)
+    World.connect().barrier()
+    alone = ["reward.load=null", "reward.normalize=false", "ppo.iterations=1", "reward.micro_batch_size=8"]
+
+    def started(name, function, *overrides):
+        return said_by(grpo, [f"run.dir={runs / name}", *alone, f"reward.functions=[{{function: '{file}:{function}'}}]", *overrides])[1]
+
+    said = {name: started(name, name) for name in ("short", "nothing", "not_a_number", "text", "fails", "absent", "count_e")}
+    said["another name"] = started("count_e", "length", "ppo.iterations=2")
+    said["a model"] = started("count_e", "count_e", "ppo.iterations=2", f"reward.load={folder}/runs/reward")
+    World.connect().barrier()
+    if World.connect().rank == 0:
+        file.write_text(file.read_text() + "\n# changed\n")
+    World.connect().barrier()
+    said["other content"] = started("count_e", "count_e", "ppo.iterations=2")
+    return said
+
+
+def test_rewards_of_ones_own_are_used_or_refused_by_name(recipe, ranks2, tmp_path):
+    said, other = ranks2.run(check_functions, recipe, tmp_path)
+    assert said == other  # on every rank
+    for name, expected in {
+        "short": "mine.py:short returned 1 values for 8 responses; it must return one for each",
+        "nothing": "mine.py:nothing returned None; it must return a list with a number for each of the 8 responses",
+        "not_a_number": r"mine.py:not_a_number gave nan for .*prompts.jsonl:\d+, response '.*'; a reward is a finite number",
+        "text": r"mine.py:text gave 'good' for .*prompts.jsonl:\d+, response",
+        "fails": r"mine.py:fails: KeyError: 'bonus' \(for the response to .*prompts_valid.jsonl:1\)",
+        "absent": "reward.functions\\[0\\].function: .*mine.py has no function absent; it has count_e, length, short",
+        "another name": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
+        "a model": "reward.load: the run in .* began without a reward model; keep it so",
+        "other content": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
+    }.items():
+        assert re.search(expected, said[name]), said[name]
+    assert said["count_e"] is None
+    (line,) = curves(tmp_path / "count_e")
+    assert line["rollout/reward_of_count_e"] >= line["rollout/reward_mean"]  # which has the penalty in it
+    assert "valid/reward_mean" in line and "rollout/reward_of_model" not in line
+    samples = lines_of(tmp_path / "count_e" / "samples.jsonl")
+    assert all(sample["reward"] == (sample["response"].count("e") if sample["finished"] else -1.0) for sample in samples)
+    first = curves(recipe / "runs" / "grpo")[0]
+    assert {"rollout/reward_of_model", "rollout/reward_of_count_e", "rollout/reward_of_length"} <= first.keys()
 
 
 # The paper's facts

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megarlhf.batch import Experience, RankingBatch, TextBatch
+from megarlhf.batch import Experience, RankingBatch, TextBatch, ValueTargets
 from megarlhf.engine import checkpoint
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
@@ -76,7 +76,7 @@ def ragged(num_rows, width, *, seed):
     return torch.where(torch.arange(width) < lengths[:, None], tokens, 0), lengths, generator
 
 
-def experience(num_rows=10, width=13, *, seed=0):
+def episodes(num_rows=10, width=13, *, seed=0):
     """Episodes with responses of ragged lengths; one has an empty response."""
     tokens, lengths, generator = ragged(num_rows, width, seed=seed)
     starts = torch.randint(1, 4, (num_rows, 1), generator=generator)
@@ -87,15 +87,20 @@ def experience(num_rows=10, width=13, *, seed=0):
     def noise(mean, std):
         return torch.where(mask, mean + std * torch.randn(mask.shape, generator=generator), 0.0)
 
-    return Experience(
-        tokens=tokens,
-        lengths=lengths,
-        response_mask=mask,
-        old_logprobs=noise(-5.3, 0.3),
-        old_values=noise(0.0, 1.0),
-        advantages=noise(0.0, 1.0),
-        returns=noise(0.5, 1.0),
-    )
+    rows = {"tokens": tokens, "lengths": lengths, "response_mask": mask}
+    old_logprobs, old_values, advantages, returns = noise(-5.3, 0.3), noise(0.0, 1.0), noise(0.0, 1.0), noise(0.5, 1.0)
+    policy = Experience(**rows, old_logprobs=old_logprobs, ref_logprobs=noise(-5.3, 0.3), advantages=advantages)
+    return policy, ValueTargets(**rows, old_values=old_values, returns=returns)
+
+
+def experience(num_rows=10, width=13, *, seed=0):
+    """Episodes for a policy; see `episodes`."""
+    return episodes(num_rows, width, seed=seed)[0]
+
+
+def value_targets():
+    """The same episodes for a value function."""
+    return episodes()[1]
 
 
 def texts(num_rows=7, width=24, *, seed=10):
@@ -118,7 +123,7 @@ def terms_of(name):
     """PPO-ptx for a language model, both scalar losses in one objective for a scalar head."""
     if SPECS[name].head == "lm":
         return [Term("policy", PolicyLoss(clip=0.2), experience()), Term("ptx", LanguageModelLoss(), texts(), weight=27.8)]
-    return [Term("value", ValueLoss(clip=0.2), experience()), Term("ranking", RankingLoss(), rankings(), weight=2.0)]
+    return [Term("value", ValueLoss(clip=0.2), value_targets()), Term("ranking", RankingLoss(), rankings(), weight=2.0)]
 
 
 def dense_outputs(model, batch, *, head):
@@ -151,7 +156,8 @@ def dense_objective(model, name):
         text = texts()
         ptx = -dense_outputs(model, text, head="lm")[text.loss_mask].mean()
         return {"policy": policy, "ptx": ptx}, policy + 27.8 * ptx
-    values, old, returns = dense_outputs(model, batch, head="scalar")[0][mask], batch.old_values[mask], batch.returns[mask]
+    targets = value_targets()
+    values, old, returns = dense_outputs(model, batch, head="scalar")[0][mask], targets.old_values[mask], targets.returns[mask]
     clipped = old + (values - old).clamp(-0.2, 0.2)
     value = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / count
     ranked = rankings()

@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megarlhf.algorithms.gae import gae
+from megarlhf.algorithms.advantages import advantages_without_values, gae, group_relative, leave_one_out
+from megarlhf.algorithms.dpo import dpo_loss
 from megarlhf.algorithms.kl import k1, k2, k3
 from megarlhf.algorithms.language_model import language_model_loss
 from megarlhf.algorithms.logprobs import entropy_from_logits, logprobs_from_logits
 from megarlhf.algorithms.masked import explained_variance, standardize
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import count_prompts, ranking_loss
-from megarlhf.algorithms.rewards import kl_shaped_rewards
+from megarlhf.algorithms.rewards import kl_shaped_rewards, weighted_rewards
+from megarlhf.batch import Experience
+from megarlhf.engine.terms import PolicyLoss
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 CLIP = 0.2
@@ -278,3 +281,176 @@ def test_kl_estimators_average_to_the_kl():
         torch.testing.assert_close((logprobs.exp() * estimator(logprobs, ref_logprobs)).sum(), kl)
     sampled = (logprobs.exp().detach() * k2(logprobs, ref_logprobs)).sum()
     torch.testing.assert_close(torch.autograd.grad(sampled, logits, retain_graph=True)[0], torch.autograd.grad(kl, logits)[0])
+
+
+# Policy gradients without a value function
+
+
+def groups_of_rewards(seed, *, rows=6, width=12):
+    """Rewards [rows, width] whose first two rows, a group, have one return, and a mask."""
+    rewards, _, _, _, mask = batch(seed, rows=rows, width=width)
+    rewards = torch.where(mask, rewards, 0.0)
+    rewards[0] = 0.0
+    rewards[0, mask[0].nonzero()[0]] = rewards[1].sum()
+    return rewards, mask
+
+
+def slow_advantages(estimator, rewards, mask, *, gamma, group_size, divide_by_std):
+    """Row by row and token by token, in Python's float64."""
+    whole = [sum(float(x) for x in row[kept]) for row, kept in zip(rewards, mask, strict=True)]
+    expected = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, t in mask.nonzero().tolist():
+        group = whole[row - row % group_size :][:group_size]
+        mean = sum(group) / group_size
+        if estimator == "grpo":
+            std = math.sqrt(sum((x - mean) ** 2 for x in group) / (group_size - 1))
+            expected[row, t] = (whole[row] - mean) / (std + 1e-4 if divide_by_std else 1.0)
+        elif estimator == "rloo":
+            expected[row, t] = whole[row] - (sum(group) - whole[row]) / (group_size - 1)
+        else:
+            later = [float(rewards[row, s]) for s in range(t, mask.shape[1]) if mask[row, s]]
+            expected[row, t] = sum(gamma**k * reward for k, reward in enumerate(later))
+    return expected
+
+
+@SEEDS
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize(("estimator", "divide"), [("grpo", True), ("grpo", False), ("rloo", True), ("reinforce_pp", True)])
+def test_advantages_without_values_are_their_definitions(seed, estimator, divide, group_size):
+    rewards, mask = groups_of_rewards(seed)
+    how = {"gamma": 0.9, "group_size": group_size, "divide_by_std": divide}
+    ours = advantages_without_values(estimator, rewards, mask, **how)
+    atol = 1e-3 if divide else 1e-6  # the rounding of a float32 sum, over the epsilon of a group that ties
+    torch.testing.assert_close(ours.double(), slow_advantages(estimator, rewards, mask, **how), atol=atol, rtol=1e-5)
+    assert not ours[~mask].any()
+
+
+def test_a_group_that_ties_teaches_nothing():
+    for divide in (True, False):
+        advantages = group_relative(torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0, 0.2]), group_size=3, divide_by_std=divide)
+        assert not advantages[:3].abs().gt(1e-9).any() and advantages[3:].abs().gt(0.1).any()
+    assert not leave_one_out(torch.full((3,), 0.1), group_size=3).abs().gt(1e-9).any()
+
+
+def slow_grpo_loss(logprobs, old, ref, advantages, mask, *, clip, clip_high, kl_coef, estimator, normalization, max_len):
+    """The objective in float64, one response after the other, each token by itself."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(len(mask)):
+        of_row = torch.zeros((), dtype=torch.float64)
+        for t in mask[row].nonzero()[:, 0].tolist():
+            ratio, advantage = (logprobs[row, t] - old[row, t]).exp(), advantages[row, t]
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip_high) * advantage)
+            x = logprobs[row, t] - ref[row, t]
+            kl = {"k1": x, "k2": x * x / 2, "k3": (-x).exp() - 1 + x}[estimator]
+            of_row = of_row - surrogate + kl_coef * kl
+        total = total + (of_row / mask[row].sum() if normalization == "sequence" else of_row)
+    return total / {"token": int(mask.sum()), "sequence": len(mask), "constant": len(mask) * max_len}[normalization]
+
+
+@SEEDS
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+def test_the_policy_loss_and_its_gradient_are_their_definitions(seed, estimator, normalization):
+    new, old, ref, advantages, mask = batch(seed)
+    new, ref = old + 0.4 * new, old + 0.3 * ref
+    how = {"clip": 0.2, "clip_high": 0.35, "kl_coef": 0.1, "normalization": normalization, "max_len": 17}
+    rows = Experience(
+        tokens=torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.int64), lengths=torch.full((len(mask),), mask.shape[1] + 1),
+        response_mask=mask, old_logprobs=old, ref_logprobs=ref, advantages=advantages,
+    )  # fmt: skip
+    term = PolicyLoss(kl_estimator=estimator, **how)
+    ours, theirs = new.clone().requires_grad_(), new.double().requires_grad_()
+    loss = term(torch.stack([ours, torch.zeros_like(ours)]), rows)[0] / term.count(rows)
+    expected = slow_grpo_loss(theirs, old.double(), ref.double(), advantages.double(), mask, estimator=estimator, **how)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
+    grads = [torch.autograd.grad(of, x)[0].double() for of, x in ((loss, ours), (expected, theirs))]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+def test_micro_batches_of_every_normalization_add_up():
+    new, old, ref, advantages, mask = batch(0, rows=8)
+    rows = Experience(
+        tokens=torch.zeros(8, 13, dtype=torch.int64), lengths=torch.full((8,), 13), response_mask=mask, old_logprobs=old, ref_logprobs=ref,
+        advantages=advantages,
+    )  # fmt: skip
+    for normalization in ("token", "sequence", "constant"):
+        term = PolicyLoss(clip=0.2, kl_coef=0.1, normalization=normalization, max_len=20)
+        parts = [torch.arange(0, 3), torch.arange(3, 4), torch.arange(4, 8)]
+        whole = term(torch.stack([new, new]), rows)[0]
+        torch.testing.assert_close(sum(term(torch.stack([new[i], new[i]]), rows.rows(i))[0] for i in parts), whole)
+        assert sum(term.count(rows.rows(i)) for i in parts) == term.count(rows)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_in_the_reward_is_that_of_its_estimator(estimator):
+    logprobs, ref_logprobs, scores, _, mask = batch(1)
+    rewards = kl_shaped_rewards(scores[:, 0], logprobs, ref_logprobs, mask, kl_coef=0.3, estimator=estimator)
+    for row in range(len(mask)):
+        x = [float(logprobs[row, t] - ref_logprobs[row, t]) for t in mask[row].nonzero()[:, 0].tolist()]
+        kl = sum({"k1": v, "k2": v * v / 2, "k3": math.exp(-v) - 1 + v}[estimator] for v in x)
+        assert float(rewards[row].sum()) == pytest.approx(float(scores[row, 0]) - 0.3 * kl, rel=1e-4, abs=1e-5)
+
+
+# Direct preference optimisation
+
+
+def slow_dpo_loss(logprobs, ref_logprobs, lengths, ranks, prompt_index, kind, beta, smoothing):
+    """Every comparison by itself in float64, then the mean of each prompt's, then the sum over prompts."""
+    total, right, margins = torch.zeros((), dtype=torch.float64), 0, []
+    for prompt in sorted(set(prompt_index.tolist())):
+        rows = [i for i in range(len(ranks)) if prompt_index[i] == prompt]
+        pairs = [(w, l) for w in rows for l in rows if ranks[w] < ranks[l]]  # noqa: E741
+        for winner, loser in pairs:
+            gains = [logprobs[i] - ref_logprobs[i] for i in (winner, loser)]
+            if kind == "ipo":
+                margin = gains[0] / int(lengths[winner]) - gains[1] / int(lengths[loser])
+                loss = (margin - 1 / (2 * beta)) ** 2
+            else:
+                margin = gains[0] - gains[1]
+                right_way = 1 / (1 + (-beta * margin).exp())
+                loss = -(1 - smoothing) * right_way.log() - smoothing * (1 - right_way).log()
+            total = total + loss / len(pairs)
+            right += margin.item() > 0
+            margins.append(beta * margin.item())
+    return total, right, margins
+
+
+@SEEDS
+@pytest.mark.parametrize(("kind", "beta", "smoothing"), [("sigmoid", 0.1, 0.0), ("sigmoid", 0.5, 0.2), ("ipo", 0.1, 0.0)])
+def test_dpo_and_its_gradient_are_their_definitions(seed, kind, beta, smoothing):
+    scores, ranks, prompt_index = rankings(seed)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 20, ranks.shape, generator=generator)
+    ref_logprobs = -20 + torch.randn(len(ranks), generator=generator)
+    ours, theirs = (-20 + 2 * scores).requires_grad_(), (-20 + 2 * scores).double().requires_grad_()
+    how = {"kind": kind, "beta": beta, "label_smoothing": smoothing}
+    loss, stats = dpo_loss(ours, ref_logprobs, lengths, ranks, prompt_index, **how)
+    expected, right, margins = slow_dpo_loss(theirs, ref_logprobs.double(), lengths, ranks, prompt_index, kind, beta, smoothing)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    grads = [torch.autograd.grad(of, x)[0].double() for of, x in ((loss, ours), (expected, theirs))]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    assert int(stats["accuracy"][0]) == right and all(int(count) == len(margins) for _, count in stats.values())
+    assert float(stats["margin"][0]) == pytest.approx(sum(margins), rel=1e-4, abs=1e-4)
+    assert float(stats["reward_chosen"][0] - stats["reward_rejected"][0]) == pytest.approx(sum(margins), rel=1e-4, abs=1e-4)
+
+
+def test_dpo_of_a_model_that_is_its_reference_is_ln_2():
+    scores, ranks, prompt_index = rankings(0)
+    loss, stats = dpo_loss(scores, scores, torch.ones_like(ranks), ranks, prompt_index, kind="sigmoid", beta=0.1, label_smoothing=0.3)
+    assert float(loss) == pytest.approx(math.log(2) * count_prompts(ranks, prompt_index))
+    assert float(stats["margin"][0]) == 0 and int(stats["accuracy"][0]) == 0
+
+
+@SEEDS
+@pytest.mark.parametrize("normalize", [False, True])
+def test_several_rewards_add_up_by_their_weights(seed, normalize):
+    one, other = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    expected = []
+    for i in range(9):
+        parts = [float(x[i]) for x in (one, other)]
+        if normalize:
+            moments = [(float(x.double().mean()), float(x.double().std(correction=0))) for x in (one, other)]
+            parts = [(part - mean) / std for part, (mean, std) in zip(parts, moments, strict=True)]
+        expected.append(0.5 * parts[0] - 2 * parts[1])
+    assert weighted_rewards([one, other], [0.5, -2.0], normalize=normalize).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert torch.equal(weighted_rewards([one], [1.0], normalize=False), one)

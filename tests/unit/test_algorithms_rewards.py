@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megarlhf.algorithms.gae import gae
+from megarlhf.algorithms.advantages import gae
 from megarlhf.algorithms.language_model import language_model_loss
 from megarlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megarlhf.algorithms.ranking import completions_by_prompt, count_prompts, ranking_loss

@@ -19,6 +19,7 @@ MINIMAL = {
         "reference": FROZEN,
         "data": {"prompts": "p.jsonl", "pretraining": TEXT},
     },
+    "dpo": {"model": TRAINED, "reference": FROZEN, "data": {"train": "r.jsonl"}},
     "generate": {"model": FROZEN, "prompts": "p.jsonl"},
     "evaluate": {"model": FROZEN, "prompts": "p.jsonl"},
 }
@@ -111,7 +112,7 @@ def test_a_file_is_for_one_command(tmp_path):
         load_stage_config(path, command="ppo")
     for text in ("stage: rlhf\n", "seed: 1\n", "stage: [sft]\n", ""):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="run.yaml: stage must be one of pretrain, sft, reward, ppo, generate, evaluate, got"):
+        with pytest.raises(ConfigError, match="run.yaml: stage must be one of pretrain, sft, reward, ppo, dpo, generate, evaluate, got"):
             load_stage_config(path)
     for text in ("stage: [\n", "stage: sft\n\tx: 1\n"):
         path.write_text(text)

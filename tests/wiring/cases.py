@@ -147,6 +147,9 @@ PPO_STEPS = (
     "steps/policy/ptx/rows steps/policy/ptx/objective steps/value/value/rows steps/value/value/objective"
 )
 PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
+UNEVEN = "run.seed=3 generation.sampling.max_new_tokens=24"  # some responses end early
+LETTERS = f"[{{function: '{R}/words.py:letters'}}]"
+GROUPS = "value=null ppo.advantages=grpo ppo.samples_per_prompt=4"
 OTHER_POLICY = "* models/policy/architecture/* said/generation"
 
 PPO = [
@@ -160,6 +163,17 @@ PPO = [
     Case("value.load_model=value", "engine/value/initial said/value sources/value/model", may=f"{VALUES} {RETURNS} models/value/architecture/* sources/value/average",
          base=f"value.load={R}/runs/ppo value.load_model=policy"),
     *frozen_cases("reward", other="reward2", moved=f"{SCORES} {RETURNS}", average=False),
+    refused("reward.load=null", "load (a reward model) or functions (rewards of one's own) must be given"),
+    Case("reward.weight=2.0", SCORES, may=RETURNS),
+    Case("reward.normalize=true", SCORES, may=RETURNS),
+    Case(f"reward.functions={LETTERS}", "metrics/rollout/reward_of_letters metrics/rollout/reward_mean fingerprints/reward.functions[[]0].function",
+         may=f"metrics/rollout/reward_of_model {SCORES} {RETURNS}"),
+    Case(f"reward.functions=[{{function: '{R}/words.py:spaces'}}]", "metrics/rollout/reward_of_spaces fingerprints/reward.functions[[]0].function",
+         may=f"metrics/rollout/reward_of_letters {SCORES} {RETURNS}", base=f"reward.functions={LETTERS}"),
+    Case(f"reward.functions=[{{function: '{R}/words.py:letters', weight: 3.0}}]", "metrics/rollout/reward_mean", may=f"{SCORES} {RETURNS}",
+         base=f"reward.functions={LETTERS}"),
+    Case(f"reward.load=null reward.functions={LETTERS}", "metrics/rollout/reward_of_model sources/reward/path engine/reward/initial",
+         may=f"{SCORES} {RETURNS} passes/* said/reward sources/reward/* engine/reward/*", base=f"reward.functions={LETTERS}"),
     *frozen_cases("reference", other="deep", moved=f"{KL} {RETURNS}"),
     Case(f"data.prompts={R}/other_prompts.jsonl", "samples/prompt fingerprints/data.prompts cursors/order/num_items", may=f"* {DATA_NOTES}"),
     Case(f"data.prompts_valid={R}/other_prompts.jsonl", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
@@ -179,12 +193,30 @@ PPO = [
     Case("ppo.epochs=2", "models/policy/steps models/value/steps cursors/text/num_taken", may=f"{UPDATES} metrics/throughput/* steps/* {PPO_STEPS}",
          exact={"steps/policy/policy/rows": (8, 8), "steps/value/value/rows": (8, 8), "cursors/order/num_taken": 8}),
     Case("ppo.kl_coef=0.5", "metrics/rollout/kl_coef metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=f"{RETURNS} cursors/kl_coef"),
+    Case("ppo.kl_in=loss", "steps/policy/policy/objective metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS, base="ppo.kl_estimator=k3"),
+    Case("ppo.kl_estimator=k3", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=f"{RETURNS} steps/policy/policy/objective"),
+    Case("ppo.kl_estimator=k2", "steps/policy/policy/objective policy/exp_avg/*", may=POLICY, base="ppo.kl_in=loss ppo.kl_estimator=k3"),
+    Case("ppo.kl_coef=0.5", "metrics/rollout/kl_coef steps/policy/policy/objective policy/exp_avg/*", may=f"{POLICY} cursors/kl_coef",
+         base="ppo.kl_in=loss ppo.kl_estimator=k3"),
+    # policy gradients without a value function
+    refused("value=null", "value, the value function, is needed by ppo.advantages gae"),
+    refused("ppo.advantages=rloo", "value is a model that ppo.advantages rloo does not use"),
+    Case("ppo.advantages=rloo", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.advantages=reinforce_pp", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.gamma=0.5", "policy/exp_avg/*", may=POLICY, base=f"{GROUPS} ppo.advantages=reinforce_pp"),
+    Case("ppo.divide_by_std=false", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.standardize_advantages=true", "policy/exp_avg/*", may=POLICY, base=GROUPS),
+    Case("ppo.samples_per_prompt=2", "samples/prompt cursors/order/num_taken metrics/rollout/group_std", may="*", base=GROUPS, exact={"cursors/order/num_taken": 4}),
+    Case("ppo.samples_per_prompt=2", "samples/prompt cursors/order/num_taken metrics/rollout/group_std", may="*", exact={"cursors/order/num_taken": 4}),
     Case("ppo.adaptive_kl=null", "cursors/kl_coef"),
     Case("ppo.adaptive_kl.target=0.0001", "cursors/kl_coef"),
     Case("ppo.adaptive_kl.horizon=100000", "cursors/kl_coef"),
     Case("ppo.gamma=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
     Case("ppo.gae_lambda=0.5", "metrics/rollout/return_mean policy/exp_avg/* value/exp_avg/*", may=RETURNS),
     Case("ppo.clip=0.01", "steps/policy/policy/objective metrics/policy/clip_fraction", may=POLICY, base="ppo.epochs=3 policy.adam.learning_rate=0.1"),
+    Case("ppo.clip_high=0.01", "steps/policy/policy/objective metrics/policy/clip_fraction", may=POLICY, base="ppo.epochs=3 policy.adam.learning_rate=0.1"),
+    Case("ppo.normalization=sequence", "steps/policy/policy/objective metrics/policy/loss", may=POLICY, base=UNEVEN),
+    Case("ppo.normalization=constant", "steps/policy/policy/objective policy/exp_avg/*", may=POLICY, base=UNEVEN),
     Case("ppo.value_clip=0.001", "steps/value/value/objective metrics/value/clip_fraction", may=VALUE, base="ppo.epochs=3 value.adam.learning_rate=0.1"),
     Case("ppo.standardize_advantages=false", "policy/exp_avg/*", may=POLICY),
     Case("ppo.ptx_coef=27.0", "steps/policy/ptx/objective policy/exp_avg/*", may=POLICY),
@@ -202,6 +234,41 @@ PPO = [
     Case("generation.sampling.temperature=0.2", "samples/response steps/policy/policy/objective", may="*",
          base=f"reference.load={R}/runs/sft reference.micro_batch_size=5", exact={"metrics/policy/ratio": (1.0,), "metrics/rollout/kl": (0.0,)}),
     *sampling_cases("generation.sampling", sampled="samples/response metrics/rollout/reward_mean")[1:],
+]  # fmt: skip
+
+# dpo
+
+PREFERRED = "metrics/valid/dpo_loss metrics/valid/accuracy metrics/valid/margin metrics/valid/reward_chosen metrics/valid/reward_rejected"
+DPO_MOVED = f"{TRAINED} metrics/dpo/* metrics/ptx/*"
+RANKING_NOTES = f"{DATA_NOTES} said/data.valid"
+DPO_PTX_GONE = "steps/model/ptx/rows steps/model/ptx/tokens steps/model/ptx/objective"
+DPO = [
+    *run_cases(three="batch_size=7", seed="steps/model/dpo/tokens steps/model/ptx/tokens cursors/order/seed cursors/text/seed",
+               seed_may="model/* metrics/* passes/*", peak="model.adam.learning_rate"),
+    *tokenizer_cases(loads="model"),
+    *trained_cases("model", "model", moved=DPO_MOVED, after="metrics/valid/*"),
+    *loaded_cases("model", other="deep", moved=f"model/* {DPO_MOVED}"),
+    *frozen_cases("reference", other="deep", moved=f"model/* {DPO_MOVED}"),
+    Case(f"data.train={R}/other_rankings.jsonl", "steps/model/dpo/tokens fingerprints/data.train", may=f"* {RANKING_NOTES} steps/model/dpo/rows"),
+    Case(f"data.valid={R}/other_rankings.jsonl", "metrics/valid/dpo_loss fingerprints/data.valid", may=f"{RANKING_NOTES} {PREFERRED} passes/*"),
+    Case("data.valid=null", "metrics/valid/dpo_loss fingerprints/data.valid", may=f"{RANKING_NOTES} {PREFERRED} passes/*"),
+    Case("data.pretraining=null", "metrics/valid/text_loss fingerprints/data.pretraining.valid_prefix", may="passes/*", base="dpo.ptx_coef=0"),
+    *pretraining_data_cases("data.pretraining", text="model/ptx"),
+    *limits_cases(responses=True, file="data.train"),
+    Case("epochs=2", "metrics/step models/model/steps cursors/order/num_taken files",
+         may="* models/model/adam_steps steps/model/rate metrics/model/learning_rate steps/model/dpo/rows steps/model/dpo/objective "
+         "steps/model/ptx/rows steps/model/ptx/objective", exact={"cursors/order/num_taken": 42}),
+    Case("batch_size=20", "metrics/step steps/model/dpo/tokens steps/model/ptx/rows",
+         may="* files models/model/steps models/model/adam_steps steps/model/rate metrics/model/learning_rate steps/model/dpo/rows steps/model/dpo/objective "
+         "steps/model/ptx/objective", exact={"metrics/step": (1, 2), "steps/model/ptx/rows": (20, 1)}),
+    *schedule_cases("model", three="batch_size=7", moved=f"model/* {DPO_MOVED}"),
+    Case("dpo.loss=ipo", "steps/model/dpo/objective metrics/dpo/loss metrics/valid/dpo_loss", may=f"model/* {DPO_MOVED}"),
+    Case("dpo.beta=0.5", "steps/model/dpo/objective metrics/dpo/loss metrics/dpo/margin metrics/valid/dpo_loss", may=f"model/* {DPO_MOVED}"),
+    Case("dpo.label_smoothing=0.2", "steps/model/dpo/objective metrics/dpo/loss metrics/valid/dpo_loss", may=f"model/* {DPO_MOVED}"),
+    Case("dpo.ptx_coef=2.0", "steps/model/ptx/objective model/exp_avg/*", may=f"model/* {DPO_MOVED}"),
+    Case("dpo.ptx_coef=0", "metrics/ptx/loss cursors/text/num_taken steps/model/ptx/rows",
+         may=f"model/* {DPO_MOVED} cursors/text/* passes/* fingerprints/data.pretraining.prefix {DPO_PTX_GONE}"),
+    Case("dpo.ptx_ratio=2", "steps/model/ptx/rows cursors/text/num_taken", may=f"model/* {DPO_MOVED} passes/* {DPO_PTX_GONE}", exact={"steps/model/ptx/rows": (42,)}),
 ]  # fmt: skip
 
 # generate and evaluate
@@ -267,4 +334,4 @@ EVALUATE = [
     *sampling_cases("sampling", sampled="responses/response inputs/sampling/*"),
 ]
 
-CASES = {"pretrain": PRETRAIN, "sft": SFT, "reward": REWARD, "ppo": PPO, "generate": GENERATE, "evaluate": EVALUATE}
+CASES = {"pretrain": PRETRAIN, "sft": SFT, "reward": REWARD, "ppo": PPO, "dpo": DPO, "generate": GENERATE, "evaluate": EVALUATE}

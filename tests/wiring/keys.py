@@ -16,6 +16,8 @@ WITHOUT_CASE = {
     "sft reward.architecture.*": "a model that is never trained has no architecture of its own: the whole section is refused, by a case",
     "ppo reward.architecture.*": "as above",
     "ppo reference.architecture.*": "as above",
+    "dpo reference.architecture.*": "as above",
+    "ppo reward.functions*.*": "a list is given as a whole: the cases of reward.functions change its parts",
     "generate model.architecture.*": "as above",
     "evaluate *.architecture.*": "as above",
     "sft reward.load_average": "no stage writes a scalar-headed model with a moving average",

@@ -18,6 +18,7 @@ MODELS = {
     "ppo": {
         "policy": f"load={R}/deep", "value": f"load={R}/deep_reward", "reward": f"load={R}/deep_reward", "reference": f"load={R}/deep",
     },
+    "dpo": {"model": f"load={R}/deep", "reference": f"load={R}/deep"},
     "generate": {"model": f"load={R}/deep"},
     "evaluate": {"model": f"load={R}/deep", "reward": f"load={R}/deep_reward", "reference": f"load={R}/deep"},
 }  # fmt: skip
@@ -26,6 +27,7 @@ MORE = {
     "sft": ["select_by=reward", "run.eval_every=1"],
     "reward": ["model.architecture=null"],
     "ppo": ["limits.max_prompt_len=15"],
+    "dpo": ["dpo.ptx_coef=0"],
     "generate": ["sampling.max_new_tokens=1"],
     "evaluate": ["sampling.max_new_tokens=1", "text=null", "demonstrations=null"],
 }

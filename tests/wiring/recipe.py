@@ -30,10 +30,19 @@ def make_wiring_data(folder):
     write_corpus(folder / "rows", text, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     good = [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)]
     write_lines(folder / "broken.jsonl", [*good, {"prompt": 7}])
+    (folder / "words.py").write_text(WORDS)
     for name, records in OTHER.items():
         write_lines(folder / f"{name}.jsonl", records)
 
 
+WORDS = """
+def letters(prompts, responses, records):
+    return [len(response) / 10 for response in responses]
+
+
+def spaces(prompts, responses, records):
+    return [float(response.count(" ")) for response in responses]
+"""
 OTHER = {
     "other_demonstrations": [{"prompt": f"item {i}?\n", "response": f"see {i}"} for i in range(24)],
     "other_rankings": [{"prompt": f"item {i}?\n", "chosen": f"see {i}", "rejected": "no"} for i in range(21)],
@@ -82,6 +91,11 @@ def configurations(folder):
             "policy": trained("policy", 5, **saved("sft")), "value": trained("value", 3, **saved("reward")),
             "reward": {"micro_batch_size": 5, **saved("reward")}, "reference": {"micro_batch_size": 3, **saved("base")},
             "data": prompts, "limits": {"max_prompt_len": 16}, "ppo": {**algorithm, **more}, "generation": {"sampling": sampling},
+        },
+        "dpo": {
+            "model": trained("model", 9, **saved("sft")), "reference": {"micro_batch_size": 9, **saved("base")},
+            "data": {"train": rankings["train"], "valid": rankings["valid"], "pretraining": corpus}, "limits": limits,
+            "batch_size": 21, "dpo": {"ptx_coef": 0.5},
         },
         "generate": {"model": saved("ppo"), "prompts": prompts["prompts"], "limits": {"max_prompt_len": 16}, "sampling": sampling},
         "evaluate": {

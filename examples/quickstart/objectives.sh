@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# DPO, GRPO and RLOO on what the quickstart made, beside its PPO-ptx and plain PPO, and a table of all. Run run.sh before it.
+#
+#   bash examples/quickstart/objectives.sh           into runs/quickstart
+#   bash examples/quickstart/objectives.sh --smoke   a few steps of each, into runs/quickstart-smoke (run.sh --smoke before it)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=examples/quickstart
+runs=runs/quickstart
+smoke=no
+if [ "${1:-}" = --smoke ]; then smoke=yes runs=runs/quickstart-smoke; fi
+if [ ! -f "$runs/ppo/metrics.jsonl" ]; then
+  echo "objectives: $runs/ppo is not there: run examples/quickstart/run.sh first" >&2
+  exit 2
+fi
+
+python=$(bash tests/install.sh)
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+data=$runs/data
+started=$SECONDS
+
+stage() { # stage COMMAND CONFIG key=value... [--smoke key=value...]: one stage on two ranks; the latter in the short form only
+  local command=$1 config=$2 words=()
+  shift 2
+  while [ $# -gt 0 ] && [ "$1" != --smoke ]; do words+=("$1") && shift; done
+  if [ "$smoke" = yes ]; then words+=("${@:2}"); fi
+  "$python" -m torch.distributed.run --standalone --nproc_per_node 2 -m megarlhf "$command" --config "$here/$config" \
+    "tokenizer.path=$data/tokenizer.model" "data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout" \
+    reference.load="$runs/ppo_init" "${words[@]}"
+}
+
+sampled=(policy.load="$runs/ppo_init" reward.load="$runs/reward" data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
+rankings=(model.load="$runs/ppo_init" data.train="$data/rankings.jsonl" data.valid="$data/rankings_valid.jsonl")
+echo "== DPO"
+stage dpo dpo.yaml run.dir="$runs/dpo" dpo.ptx_coef=0 "${rankings[@]}" --smoke batch_size=512
+echo "== DPO with pretraining text"
+stage dpo dpo.yaml run.dir="$runs/dpo_ptx" "${rankings[@]}" --smoke batch_size=512
+echo "== GRPO with pretraining text"
+stage ppo grpo.yaml run.dir="$runs/grpo_ptx" "${sampled[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
+echo "== RLOO with pretraining text"
+stage ppo grpo.yaml run.dir="$runs/rloo_ptx" ppo.advantages=rloo ppo.kl_in=reward ppo.kl_estimator=k1 ppo.normalization=token \
+  "${sampled[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
+
+echo "== evaluation"
+for model in dpo dpo_ptx grpo_ptx rloo_ptx; do
+  "$python" -m megarlhf evaluate --config $here/evaluate.yaml "tokenizer.path=$data/tokenizer.model" model.load="$runs/$model" \
+    run.dir="$runs/evaluation/$model" reward.load="$runs/reward" reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" \
+    text.valid_prefix="$data/corpus_heldout" >"$runs/$model.evaluation.log" 2>&1 || { cat "$runs/$model.evaluation.log"; exit 1; }
+done
+"$python" $here/report.py --runs "$runs" --pairs "$data/pairs.txt" --models "SFT baseline=sft" "PPO start=ppo_init" "PPO=ppo" \
+  "PPO-ptx=ppo_ptx" "DPO=dpo" "DPO-ptx=dpo_ptx" "GRPO-ptx=grpo_ptx" "RLOO-ptx=rloo_ptx"
+echo "== objectives: done in $((SECONDS - started)) s; everything is in $runs"
