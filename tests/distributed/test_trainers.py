@@ -194,19 +194,21 @@ def check_functions(folder, runs):
     if World.connect().rank == 0:
         shutil.copy(folder / "my_rewards.py", file)
     World.connect().barrier()
-    alone = ["reward.load=null", "reward.normalize=false", "ppo.iterations=1", "reward.micro_batch_size=8"]
+    alone = {"reward.load": "null", "reward.normalize": "false", "ppo.iterations": "1", "reward.micro_batch_size": "8"}
 
-    def started(name, function, *overrides):
-        return said_by(grpo, [f"run.dir={runs / name}", *alone, f"reward.functions=[{{function: '{file}:{function}'}}]", *overrides])[1]
+    def started(name, function, **other):
+        keys = alone | {"reward.functions": f"[{{function: '{file}:{function}'}}]"} | other
+        return said_by(grpo, [f"run.dir={runs / name}", *(f"{key}={value}" for key, value in keys.items())])[1]
 
+    more = {"ppo.iterations": "2"}
     said = {name: started(name, name) for name in ("short", "nothing", "not_a_number", "text", "fails", "absent", "count_e")}
-    said["another name"] = started("count_e", "length", "ppo.iterations=2")
-    said["a model"] = started("count_e", "count_e", "ppo.iterations=2", f"reward.load={folder}/runs/reward")
+    said["another name"] = started("count_e", "length", **more)
+    said["a model"] = started("count_e", "count_e", **more, **{"reward.load": f"{folder}/runs/reward"})
     World.connect().barrier()
     if World.connect().rank == 0:
         file.write_text(file.read_text() + "\n# changed\n")
     World.connect().barrier()
-    said["other content"] = started("count_e", "count_e", "ppo.iterations=2")
+    said["other content"] = started("count_e", "count_e", **more)
     return said
 
 

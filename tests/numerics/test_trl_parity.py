@@ -65,10 +65,10 @@ def test_grpo_is_trls(kind, normalization):
 
     theirs = logprobs.clone().requires_grad_()
     trainer = mock.MagicMock(
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level="token",
         beta=0.05, epsilon_low=0.2, epsilon_high=0.3, loss_type=kind, use_vllm=False, max_completion_length=12,
-        _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1,
-        args=mock.MagicMock(delta=None, use_bias_correction_kl=False),
+        _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, args=mock.MagicMock(delta=None, use_bias_correction_kl=False),
         model=mock.MagicMock(training=True),
     )  # fmt: skip
     trainer._get_per_token_logps_and_entropies.return_value = (theirs, torch.zeros_like(theirs), None)
