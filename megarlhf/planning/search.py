@@ -12,7 +12,7 @@ import itertools
 import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarlhf.config import ConfigError
@@ -260,14 +260,19 @@ class Estimator:
         whole = ParallelLayout.over(layout.num_ranks, tp=layout.tp, pp=1)
         copy = self._kept(self.models.plans["reference"], whole, place_rank)["weights"] if choice.gathered else 0.0
         in_flight = self._in_flight(layout, stage, number) * a.num_layers / (layout.pp * layout.virtual_pp)
-        head = unit.update_bytes.at_one - unit.update_bytes.per_more  # beside the layers: of the embedding or of the head
-        peaks = {"update": kept + copy + head + unit.update_bytes.per_more * in_flight}
+        peaks = {"update": kept + copy + self._beside_layers(choice, unit, stage) + unit.update_bytes.per_more * in_flight}
         if self.role == "policy":
             rows, batch = self._generated()
             share = -(-rows // (layout.num_ranks // layout.tp if choice.gathered else layout.dp))
             beyond = unit.generate_bytes.at(a.num_layers if choice.gathered else here)
             peaks["generate"] = kept + copy + beyond * min(1.0, share / batch)
         return peaks
+
+    def _beside_layers(self, choice: Choice, unit: Unit, stage: int) -> float:
+        """Bytes of the update that do not grow with the layers: the head's on the last stage, elsewhere a layer that is computed again."""
+        if stage == choice.layout.pp - 1:
+            return unit.update_bytes.at_one - unit.update_bytes.per_more
+        return self.unit(replace(choice, recompute="none")).update_bytes.per_more if choice.recompute == "full" else 0.0
 
     @staticmethod
     def _in_flight(layout: ParallelLayout, stage: int, number: int) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -177,19 +178,31 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
 BIG = {"num_layers": 12, "hidden_size": 2048, "num_heads": 16, "max_seq_len": 1024}
 
 
-def test_a_search_finds_the_best_of_its_space_and_the_best_is_as_estimated(monkeypatch):
-    monkeypatch.setattr(search, "RECOMPUTE", ("none", "full"))
-    path, cluster = ROOT / "examples/6b/pretrain.yaml", dataclasses.replace(CLUSTER, nodes=1)
-    overrides = ["batch_size=64", "data.seq_len=1024", f"model.architecture={json.dumps(BIG)}"]
-    estimator = search.Estimator(path, overrides, {}, cluster)
+SEARCHED = ROOT / "examples/6b/pretrain.yaml"
+SEARCHED_KEYS = ["batch_size=64", "data.seq_len=1024", f"model.architecture={json.dumps(BIG)}"]
+ONE_NODE = dataclasses.replace(CLUSTER, nodes=1)
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    with mock.patch.object(search, "RECOMPUTE", ("none", "full")):
+        yield search.Estimator(SEARCHED, SEARCHED_KEYS, {}, ONE_NODE)
+
+
+def test_a_search_finds_the_best_of_its_space(estimator):
     space = [estimator.estimate(choice) for choice in estimator.candidates()]
     found = search.search(estimator)
     assert len({estimate.choice for estimate in space}) == len(space) == len(found.best) + len(found.too_large) > 50
-    assert found.best[0].seconds == min(e.seconds for e in space if e.peak_bytes <= cluster.usable_bytes)
+    assert found.best[0].seconds == min(e.seconds for e in space if e.peak_bytes <= ONE_NODE.usable_bytes)
+    tight = dataclasses.replace(ONE_NODE, reserved_bytes=H100.memory_bytes - min(e.peak_bytes for e in space) - 1)
+    with mock.patch.object(estimator, "cluster", tight):
+        found = search.search(estimator)
+    assert len(found.best) == 1 and "fell out for their memory" in search.as_text(found, tight)
+
+
+def test_the_best_layouts_are_as_estimated(estimator):
+    found = search.search(estimator)
     for best in (found.best[0], next(e for e in found.best if e.choice.layout.pp > 1)):
-        plan = make_plan(run_models(path, [*overrides, *best.choice.overrides("model")], {}, 8), cluster)
+        plan = make_plan(run_models(SEARCHED, [*SEARCHED_KEYS, *best.choice.overrides("model")], {}, 8), ONE_NODE)
         assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
         assert best.peak_bytes == pytest.approx(plan.peak("update")[0], rel=0.1), best
-    tight = dataclasses.replace(cluster, reserved_bytes=H100.memory_bytes - min(e.peak_bytes for e in space) - 1)
-    estimator.cluster = tight
-    assert len(search.search(estimator).best) == 1 and "fell out for their memory" in search.as_text(search.search(estimator), tight)
