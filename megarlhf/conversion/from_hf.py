@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megarlhf.conversion.hf_folder import CONFIG, HuggingFaceModel, read_hf_folder
+from megarlhf.conversion.hf_config import config_of, finished
+from megarlhf.conversion.hf_folder import CONFIG, SCORE_BIAS, HuggingFaceModel, read_hf_folder
 from megarlhf.conversion.new_folder import new_folder
 from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer, load_travelling
 from megarlhf.models.architecture import architecture_to_dict
@@ -21,17 +24,20 @@ MODEL = "model"
 PART_BYTES = 4 * 2**30
 
 
-def from_hf(source: Path, target: Path, *, eos_token: str | None = None, part_bytes: int = PART_BYTES) -> list[str]:
+def from_hf(
+    source: Path, target: Path, *, eos_token: str | None = None, part_bytes: int = PART_BYTES, layers: int | None = None
+) -> list[str]:
     """Convert the folder `source` to a checkpoint at `target`, in the precision of its files; returns what is to be said of it.
 
-    Holds one parameter at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what
+    With `layers` the model is cut: its first so many layers, and what stands before and after the layers as it is. Holds one parameter at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what
     `load` and `tokenizer.path` can name. ValueError where something is not as it should be, OSError where writing fails.
     """
-    model = read_hf_folder(source)
+    whole = read_hf_folder(source)
+    model = whole if layers is None else _cut(whole, layers)
     fingerprints, notes = _tokenizer(model, eos_token)
     sizes = {spec.name: _lazy(model, spec).bytes for spec in model.specs()}
     with new_folder(target, sum(sizes.values())) as partial:
-        write_atomically(partial / CONFIG, (source / CONFIG).read_bytes())
+        write_atomically(partial / CONFIG, (source / CONFIG).read_bytes() if model is whole else _config_of_cut(model))
         copy_tokenizer(source, partial)
         parts = [_write(target, number, model, specs) for number, specs in enumerate(_in_parts(model, sizes, part_bytes))]
         state = {
@@ -46,7 +52,24 @@ def from_hf(source: Path, target: Path, *, eos_token: str | None = None, part_by
         finish(target, parts, state, {MODEL: _described(model)})
     kind = {"lm": "language model", "scalar": "reward or value model"}[model.head]
     parameters = sum(math.prod(spec.shape) for spec in model.specs())
-    return [f"{target}: a {kind} of {parameters:,} parameters (vocabulary padded) from {source} ({model.family.model_type})", *notes]
+    cut = f", its first {layers} of {whole.architecture.num_layers} layers" if layers is not None else ""
+    said = f"{target}: a {kind} of {parameters:,} parameters (vocabulary padded) from {source} ({model.family.model_type}){cut}"
+    return [said, *notes]
+
+
+def _cut(model: HuggingFaceModel, layers: int) -> HuggingFaceModel:
+    """The model with its first layers only. ValueError where it has not more than that."""
+    there = model.architecture.num_layers
+    if not 1 <= layers < there:
+        raise ValueError(f"--layers must be from 1 to {there - 1}, as {model.folder} has {there} layers, got {layers}; leave it out for all")
+    return dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, num_layers=layers))
+
+
+def _config_of_cut(model: HuggingFaceModel) -> str:
+    """A config.json that describes what is left of it."""
+    dtype, bias = model.dtype(model.specs()[0]), model.config.get(SCORE_BIAS, 0.0)
+    trunk = config_of(model.architecture, model.config, None, None)
+    return json.dumps(finished(trunk, model.head, dtype, score_bias=bias, tokenizer=None), indent=2, sort_keys=True) + "\n"
 
 
 def _tokenizer(model: HuggingFaceModel, eos_token: str | None) -> tuple[dict[str, str], list[str]]:
