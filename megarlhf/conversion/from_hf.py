@@ -29,8 +29,9 @@ def from_hf(
 ) -> list[str]:
     """Convert the folder `source` to a checkpoint at `target`, in the precision of its files; returns what is to be said of it.
 
-    With `layers` the model is cut: its first so many layers, and what stands before and after the layers as it is. Holds one parameter at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what
-    `load` and `tokenizer.path` can name. ValueError where something is not as it should be, OSError where writing fails.
+    With `layers` the model is cut: its first so many layers, and what stands before and after the layers as it is. One parameter is held
+    at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what `load` and
+    `tokenizer.path` can name. ValueError where something is not as it should be, OSError where writing fails.
     """
     whole = read_hf_folder(source)
     model = whole if layers is None else _cut(whole, layers)
@@ -61,7 +62,7 @@ def _cut(model: HuggingFaceModel, layers: int) -> HuggingFaceModel:
     """The model with its first layers only. ValueError where it has not more than that."""
     there = model.architecture.num_layers
     if not 1 <= layers < there:
-        raise ValueError(f"--layers must be from 1 to {there - 1}, as {model.folder} has {there} layers, got {layers}; leave it out for all")
+        raise ValueError(f"--layers must be from 1 to {there - 1}, as {model.folder} has {there} layers, got {layers}; without it all stay")
     return dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, num_layers=layers))
 
 

@@ -261,7 +261,7 @@ def test_options_that_mean_nothing_are_refused(whole, tmp_path, capsys):
     cases = [
         ([*to, "--dtype", "bf16", "--model", "policy"], "--model, --dtype: of use only from one of our checkpoints"),
         ([*ours, "--eos-token", "b", "--layers", "1"], "--eos-token, --layers: of use only from a Hugging Face folder"),
-        ([*to, "--layers", "1"], "--layers must be from 1 to 0, as .*whole has 1 layers, got 1; leave it out for all"),
+        ([*to, "--layers", "1"], "--layers must be from 1 to 0, as .*whole has 1 layers, got 1; without it all stay"),
         ([*ours, "--model", "policy"], "ours holds no model named 'policy'; it holds: model"),
         ([*ours, "--weights", "average"], "--weights average: .*ours holds no moving average of model"),
         ([*ours, "--family", "qwen2"], "no Hugging Face family .* .qwen2 cannot: qkv_bias would be True, and is False"),
