@@ -25,6 +25,8 @@ SUMMARY = "Convert a Hugging Face folder or a Megatron-LM checkpoint to one of o
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTWARD = ("model", "weights", "dtype", "family", "tokenizer")
 """Options that mean something on the way out only."""
+INWARD = ("eos_token", "layers")
+"""On the way in only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,10 +53,12 @@ def _convert(options: argparse.Namespace) -> list[str]:
     if not _is_ours(source):
         if given := [f"--{name}" for name in OUTWARD if getattr(options, name) is not None]:
             raise ValueError(f"{', '.join(given)}: of use only from one of our checkpoints, and {source} holds none")
-        said = from_hf(source, target, eos_token=options.eos_token, part_bytes=_bytes(options.shard_gb))
+        if options.verify and options.layers is not None:
+            raise ValueError("--verify compares with the whole model: of no use with --layers")
+        said = from_hf(source, target, eos_token=options.eos_token, part_bytes=_bytes(options.shard_gb), layers=options.layers)
         return [*said, verify(source, Exported(read_saved(target), MODEL))] if options.verify else said
-    if options.eos_token is not None:
-        raise ValueError("--eos-token: of use only from a Hugging Face folder; a checkpoint knows its own")
+    if given := [f"--{name.replace('_', '-')}" for name in INWARD if getattr(options, name) is not None]:
+        raise ValueError(f"{', '.join(given)}: of use only from a Hugging Face folder, and {source} is a checkpoint of ours")
     exported = chosen(find_source(str(source)), options.model, options.weights, DTYPES.get(options.dtype))
     said = to_hf(exported, target, tokenizer_path=options.tokenizer, family=options.family, shard_bytes=_bytes(options.shard_gb))
     return [*said, verify(target, exported)] if options.verify else said
@@ -104,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="build both models and compare them, where transformers is installed")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="GiB of a file, about (default: 4)")
     parser.add_argument("--eos-token", help="the token that ends a text, where the files do not say it")
+    parser.add_argument("--layers", type=int, help="keep so many of the Hugging Face model's first layers, for a smaller reward model")
     parser.add_argument("--model", help="which model of a checkpoint: policy, value, ...")
     parser.add_argument("--weights", choices=("average", "newest"), help="by default the moving average where there is one")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="by default what the checkpoint holds: float32 after training")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -45,7 +46,7 @@ def write_incoming(
     kind: str,
     tokenizer: Path | None,
     eos_token: str | None = None,
-    files: tuple[str, ...] = (),
+    files: Mapping[str, bytes] = MappingProxyType({}),
     part_bytes: int = PART_BYTES,
 ) -> list[str]:
     """Write a model as a checkpoint at `target`, in the precision of its files; returns what is to be said of it.
@@ -53,14 +54,14 @@ def write_incoming(
     Holds one parameter at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what
     `load` and `tokenizer.path` can name. ValueError where something is not as it should be, OSError where writing fails.
 
-    Args: kind: what the model is called. tokenizer: a file or a folder. files: names in the model's folder that travel with it.
+    Args: kind: what the model is called. tokenizer: a file or a folder. files: name -> content of what goes beside it.
     """
     specs = parameter_specs(model.architecture, model.head)
     fingerprints, notes = _tokenizer(model, tokenizer, eos_token)
     sizes = {spec.name: _lazy(model, spec).bytes for spec in specs}
     with new_folder(target, sum(sizes.values())) as partial:
-        for name in files:
-            write_atomically(partial / name, (model.folder / name).read_bytes())
+        for name, content in files.items():
+            write_atomically(partial / name, content)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         parts = [_write(target, number, model, part) for number, part in enumerate(_in_parts(specs, sizes, part_bytes))]

@@ -260,7 +260,8 @@ def test_options_that_mean_nothing_are_refused(whole, tmp_path, capsys):
     ours, to = ["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "x")], ["--from", str(whole), "--to", str(tmp_path / "x")]
     cases = [
         ([*to, "--dtype", "bf16", "--model", "policy"], "--model, --dtype: of use only from one of our checkpoints"),
-        ([*ours, "--eos-token", "b"], "--eos-token: of use only from a Hugging Face folder"),
+        ([*ours, "--eos-token", "b", "--layers", "1"], "--eos-token, --layers: of use only from a Hugging Face folder"),
+        ([*to, "--layers", "1"], "--layers must be from 1 to 0, as .*whole has 1 layers, got 1; without it all stay"),
         ([*ours, "--model", "policy"], "ours holds no model named 'policy'; it holds: model"),
         ([*ours, "--weights", "average"], "--weights average: .*ours holds no moving average of model"),
         ([*ours, "--family", "qwen2"], "no Hugging Face family .* .qwen2 cannot: qkv_bias would be True, and is False"),
@@ -272,4 +273,29 @@ def test_options_that_mean_nothing_are_refused(whole, tmp_path, capsys):
         assert convert(arguments) == 2
         err = capsys.readouterr().err
         assert re.search(message, err), (message, err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_first_layers_make_a_smaller_model(whole, tmp_path, capsys):
+    file = tensors.TensorFile(whole / ONE_FILE)
+    values = {name: file.read(name).reshape(entry.shape) for name, entry in file.entries.items()}
+    layer = {name: value for name, value in values.items() if ".layers.0." in name}
+    values |= {name.replace(".0.", f".{i}."): torch.randn_like(value) for i in (1, 2) for name, value in layer.items()}
+    write_tensors(whole / ONE_FILE, values, {"format": "pt"})
+    configured(whole, num_hidden_layers=3)
+    to = ["--to", str(tmp_path / "two")]
+    assert convert(["--from", str(whole), *to, "--layers", "2"]) == 0
+    assert "its first 2 of 3 layers" in capsys.readouterr().out
+    assert convert(["--from", str(tmp_path / "two"), "--to", str(tmp_path / "back")]) == 0
+    for folder in ("two", "back"):
+        assert json.loads((tmp_path / folder / CONFIG).read_text())["num_hidden_layers"] == 2
+    back = tensors.TensorFile(tmp_path / "back" / ONE_FILE)
+    left = {name for name in values if ".layers.2." not in name and name != "lm_head.weight"} | (back.entries.keys() & {"lm_head.weight"})
+    assert back.entries.keys() == left
+    assert all(back.read(name).equal(file_value.reshape(back.read(name).shape)) for name, file_value in values.items() if name in left)
+    for layers in ("0", "-1", "3", "4"):
+        assert convert(["--from", str(whole), "--to", str(tmp_path / "x"), "--layers", layers]) == 2
+        assert f"--layers must be from 1 to 2, as {whole} has 3 layers, got {layers}" in capsys.readouterr().err
+    assert convert(["--from", str(whole), "--to", str(tmp_path / "x"), "--layers", "1", "--verify"]) == 2
+    assert "--verify compares with the whole model" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
