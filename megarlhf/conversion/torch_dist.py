@@ -190,6 +190,8 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     common = load_inert(io.BytesIO(content), path, records=COMMON_RECORDS, packages=("megatron.", "transformer_engine."))
+    if isinstance(common, list) and len(common) == 1:  # as objects among tensors are
+        [common] = common
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Record):
         raise ValueError(f"{path} holds no arguments of a Megatron-LM training, from which the model's sizes are taken")
