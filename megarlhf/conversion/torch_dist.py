@@ -3,7 +3,7 @@
     iter_0000100/
       metadata.json     {"sharded_backend": "torch_dist", ...}
       .metadata         a pickle: the shape and chunks of every tensor, and where each chunk's bytes lie
-      common.pt         a pickle in a zip file: the training's arguments, counters, ...
+      common.pt         a pickle in a zip file: the training's arguments, counters, ...; since megatron-core 0.19 among the tensors
       __0_0.distcp ...  tensors as torch.save writes them, one after the other
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from megarlhf.conversion.inert_pickle import Record, load_inert
 from megarlhf.storage.files import read_json
 
 METADATA, COMMON, BACKEND, LATEST = ".metadata", "common.pt", "metadata.json", "latest_checkpointed_iteration.txt"
+COMMON_OBJECT = "common_state/shard_0_1"
 _DCP = "torch.distributed.checkpoint"
 METADATA_RECORDS = frozenset(
     [
@@ -123,11 +125,7 @@ def checkpoint_folder(path: Path) -> Path | None:
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Name -> every tensor of a checkpoint, none of them read. ValueError where .metadata is damaged, or names what it must not."""
-    if (folder / BACKEND).is_file() and (backend := read_json(folder / BACKEND).get("sharded_backend")) != "torch_dist":
-        raise ValueError(f"{folder / BACKEND}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
-    path = folder / METADATA
-    with path.open("rb") as file:
-        metadata = load_inert(file, path, records=METADATA_RECORDS)
+    path, metadata = folder / METADATA, _metadata(folder)
     try:
         places = {}
         for index, info in metadata.storage_data.items():
@@ -140,6 +138,14 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} is damaged: it does not describe tensors as torch does ({error})") from error
 
 
+def _metadata(folder: Path) -> Any:
+    if (folder / BACKEND).is_file() and (backend := read_json(folder / BACKEND).get("sharded_backend")) != "torch_dist":
+        raise ValueError(f"{folder / BACKEND}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
+    path = folder / METADATA
+    with path.open("rb") as file:
+        return load_inert(file, path, records=METADATA_RECORDS)
+
+
 def _tensor(folder: Path, name: str, entry: Record, places: Mapping[tuple, Record]) -> StoredTensor:
     dtype = entry.properties.parts[0] if entry.properties.parts else entry.properties.dtype
     if not isinstance(dtype, torch.dtype) or not isinstance(name, str):
@@ -150,14 +156,18 @@ def _tensor(folder: Path, name: str, entry: Record, places: Mapping[tuple, Recor
         offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
         if len(offsets) != len(shape) or any(a + b > c for a, b, c in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"a chunk of {name} lies outside of it")
-        info = places[name, offsets]
-        if getattr(info, "transform_descriptors", None):
-            raise ValueError(f"{name} is compressed, which is not supported")
-        file, start, length = info.relative_path, *_numbers((info.offset, info.length))
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{name} lies in {file!r}, which is not the name of a file beside it")
-        chunks.append(Chunk(offsets, sizes, file, start, length))
+        chunks.append(Chunk(offsets, sizes, *_place(name, places[name, offsets])))
     return StoredTensor(name, folder, shape, dtype, tuple(chunks))
+
+
+def _place(name: str, info: Record) -> tuple[str, int, int]:
+    """(file, first byte, bytes) of what is stored."""
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{name} is compressed, which is not supported")
+    file, start, length = info.relative_path, *_numbers((info.offset, info.length))
+    if not isinstance(file, str) or Path(file).name != file:
+        raise ValueError(f"{name} lies in {file!r}, which is not the name of a file beside it")
+    return file, start, length
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -168,16 +178,34 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments of the training that wrote a checkpoint, by name. ValueError where there are none, or common.pt is damaged."""
-    path = folder / COMMON
+    """The arguments of the training that wrote a checkpoint, by name. ValueError where there are none, or they are damaged."""
+    path, start, length = _common(folder)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file:
+            file.seek(start)
+            saved = io.BytesIO(file.read(length))
+        with zipfile.ZipFile(saved) as archive:
             [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             content = archive.read(name)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     common = load_inert(io.BytesIO(content), path, records=COMMON_RECORDS, packages=("megatron.", "transformer_engine."))
+    if isinstance(common, list) and len(common) == 1:  # as objects among tensors are
+        [common] = common
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Record):
         raise ValueError(f"{path} holds no arguments of a Megatron-LM training, from which the model's sizes are taken")
     return {name: value for name, value in vars(arguments).items() if name != "parts"}
+
+
+def _common(folder: Path) -> tuple[Path, int, int]:
+    """(file, first byte, bytes) of what is no tensor: common.pt, or from megatron-core 0.19 on an object among the tensors."""
+    stored = {} if (folder / COMMON).exists() else getattr(_metadata(folder), "storage_data", None)
+    try:
+        for index, info in (stored or {}).items():
+            if index.fqn == COMMON_OBJECT:
+                file, start, length = _place(COMMON_OBJECT, info)
+                return folder / file, start, length
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / METADATA} is damaged: it does not say where {COMMON_OBJECT} lies ({error})") from error
+    return folder / COMMON, 0, -1

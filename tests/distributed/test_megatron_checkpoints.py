@@ -1,5 +1,6 @@
 """Checkpoints of Megatron-LM come in: the original's log-probabilities, and nothing in them is run."""
 
+import argparse
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from megarlhf.conversion.torch_dist import COMMON, METADATA, checkpoint_folder
 from megarlhf.conversion.verification import _ours
 from megarlhf.storage.checkpoints import read_saved
 from tests.distributed.families import make_tokenizer
-from tests.distributed.megatron_checkpoints import MODELS, save_models, tokens
+from tests.distributed.megatron_checkpoints import ARGUMENTS, MODELS, save_models, tokens
 
 TOLERANCE = 2e-5
 """Of a log-probability; the largest that was seen is 1.4e-6."""
@@ -42,8 +43,11 @@ def test_a_megatron_checkpoint_comes_in(saved, name, tmp_path, capsys):
 
 @pytest.fixture
 def llama(saved, tmp_path):
-    """A copy of one checkpoint, to be damaged."""
-    return shutil.copytree(saved[0] / "llama2" / "iter_0000007", tmp_path / "llama")
+    """A copy of one checkpoint, to be damaged; with common.pt also where megatron-core has put what is in it among the tensors."""
+    folder = shutil.copytree(saved[0] / "llama2" / "iter_0000007", tmp_path / "llama")
+    if not (folder / COMMON).exists():
+        torch.save({"args": argparse.Namespace(**{**ARGUMENTS, **MODELS["llama2"][0]})}, folder / COMMON)
+    return folder
 
 
 def test_the_tokenizer_is_given(llama, tmp_path, capsys):
@@ -146,6 +150,6 @@ def test_what_is_missing_is_named(llama, tmp_path):
     torch.save({"iteration": 1}, llama / COMMON)
     with pytest.raises(ValueError, match="common.pt holds no arguments of a Megatron-LM training"):
         read_megatron_folder(llama)
-    (llama / COMMON).unlink()
+    (llama / COMMON).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="common.pt cannot be read"):
         read_megatron_folder(llama)
