@@ -184,7 +184,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_every_number_has_a_range_and_every_path_is_one():
     """A field of plain int or float would take anything; a path without its marker would keep a ~."""
     paths = ("path", "prefix", "train", "valid", "prompts", "prompts_valid", "demonstrations", "rankings", "load", "dir", "valid_prefix")
-    paths += ("responses", "against", "labels")
+    paths += ("responses", "against", "labels", "function")
     for name, cls in cli.COMMANDS.items():
         for key, annotation, *_ in keys_of(cls):
             kind, rules = without_rules(without_none(annotation)[0])

@@ -29,6 +29,7 @@ CASES = [
         {"data": {"prompts": "p", "pretraining": TEXT}, "generation": SAMPLING},
         {"policy": [IN_PPO, PACKED], "value": [IN_PPO], "reward": [IN_PPO], "reference": [IN_PPO]},
     ),
+    ("dpo", {"data": {"train": "r", "pretraining": TEXT}}, {"model": [GIVEN, PACKED], "reference": [GIVEN]}),
     ("generate", SAMPLING, {"model": [SAMPLED]}),
     ("evaluate", {"prompts": None, "rankings": "r", **SAMPLING}, {"model": [GIVEN], "reward": [GIVEN], "reference": []}),
     ("evaluate", {"prompts": None, "rankings": "r", "reward": MODEL, **SAMPLING}, {"model": [], "reward": [GIVEN], "reference": []}),

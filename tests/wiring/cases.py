@@ -95,9 +95,9 @@ SFT = [
     Case("pretraining_mix=0", "metrics/pretraining/loss steps/model/pretraining/rows steps/model/model/objective cursors/text/num_taken",
          may=f"model/* {SFT_MOVED} metrics/pretraining/* cursors/text/* {TEXT_GONE}", exact={"steps/model/model/rows": (24,)}),
     *schedule_cases("model", three="batch_size=8", moved=f"model/* {SFT_MOVED}"),
-    Case("select_by=valid_loss", "best/step files cursors/best", base="batch_size=8 run.eval_every=1"),
+    Case("select_by=valid_loss", "best/step files cursors/best", may="process/saves", base="batch_size=8 run.eval_every=1"),
     Case(f"select_by=reward reward.load={R}/runs/reward", "best/step files cursors/best metrics/valid/reward_mean",
-         may="said/reward sources/reward/* engine/reward/* metrics/valid/* samples/* passes/* answers/*", base="batch_size=8 run.eval_every=1"),
+         may="said/reward sources/reward/* engine/reward/* metrics/valid/* samples/* passes/* answers/* process/saves", base="batch_size=8 run.eval_every=1"),
     refused("reward=null", "select_by reward needs reward", base=f"select_by=reward run.eval_every=1 reward={{load: {R}/runs/reward}}"),
     *frozen_cases("reward", other="reward2", moved="metrics/valid/reward_mean samples/reward cursors/best", base=JUDGED, average=False),
     *sampling_cases("sampling", sampled="samples/response"),
@@ -241,7 +241,7 @@ PPO = [
 PREFERRED = "metrics/valid/dpo_loss metrics/valid/accuracy metrics/valid/margin metrics/valid/reward_chosen metrics/valid/reward_rejected"
 DPO_MOVED = f"{TRAINED} metrics/dpo/* metrics/ptx/*"
 RANKING_NOTES = f"{DATA_NOTES} said/data.valid"
-DPO_PTX_GONE = "steps/model/ptx/rows steps/model/ptx/tokens steps/model/ptx/objective"
+DPO_PTX_GONE = "steps/model/ptx/rows steps/model/ptx/tokens steps/model/ptx/objective said/{recipe}/corpus"
 DPO = [
     *run_cases(three="batch_size=7", seed="steps/model/dpo/tokens steps/model/ptx/tokens cursors/order/seed cursors/text/seed",
                seed_may="model/* metrics/* passes/*", peak="model.adam.learning_rate"),
