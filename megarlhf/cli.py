@@ -25,6 +25,7 @@ DESCRIPTION = "Train language models to follow instructions with human feedback 
 DEFAULT_TIMEOUT_MINUTES = 30.0
 TOOLS = {
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
+    "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),
 }
 """Commands that are no stage: the module whose `main` runs the words after its name, and what it does."""
 

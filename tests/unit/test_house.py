@@ -27,6 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers", "conversion"),
+    ("doctor",),
     ("failures",),
     ("cli",),
     ("__main__",),
