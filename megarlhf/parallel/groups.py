@@ -14,7 +14,7 @@ from megarlhf.parallel import platform
 from megarlhf.parallel.alarm import Alarm
 from megarlhf.parallel.launch import Place, place_in_run
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
-from megarlhf.parallel.rendezvous import connect_store, meet
+from megarlhf.parallel.rendezvous import connect_store, meet, tell_all
 
 ProcessGroup = dist.ProcessGroup
 
@@ -92,6 +92,8 @@ class World:
     """Of every exchange in every group."""
     alarm: Alarm
     """How ranks hear that another has failed."""
+    store: dist.Store
+    """What all ranks share beside the process groups."""
     _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
@@ -124,7 +126,7 @@ class World:
         rank = dist.get_rank()
         return World(
             rank=rank, size=dist.get_world_size(), local_rank=place.local_rank, device=platform.device(), timeout=timeout,
-            alarm=Alarm(store, rank, reconnect),
+            alarm=Alarm(store, rank, reconnect), store=store,
         )
 
     def layout(self, *, tp: int = 1, pp: int = 1, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
@@ -170,6 +172,10 @@ class World:
         if key not in self._groups:
             self._groups[key] = dist.new_group([self.rank], timeout=self.timeout, use_local_synchronization=True)
         return self._groups[key]
+
+    def tell_all(self, name: str, about: str) -> list[str]:
+        """What each rank tells under `name`, which serves once, in rank order; RanksMissing names the ranks that do not come to it."""
+        return tell_all(self.store, name, about, Place(rank=self.rank, size=self.size), timeout=self.timeout)
 
     def barrier(self) -> None:
         """Wait for every rank."""

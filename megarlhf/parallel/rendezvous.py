@@ -37,17 +37,37 @@ def meet(place: Place, *, timeout: datetime.timedelta, about: str) -> tuple[dist
     if not is_host:
         _await_host(place, waiting)
     store = connect_store(place, is_host=is_host, timeout=timeout)
-    store.set(f"place/{place.rank}", about)
-    missing, first = list(range(place.size)), place.rank
+    return store, _told(store, "place", about, place, waiting, _CHECK)
+
+
+def tell_all(store: dist.Store, name: str, about: str, place: Place, *, timeout: datetime.timedelta) -> list[str]:
+    """What each rank tells under `name`, in rank order, once all have told it: an exchange that needs no process group.
+
+    RanksMissing names those that have not come to it within `timeout`. Each name serves once.
+    """
+    return _told(store, name, about, place, _Waiting(place, timeout.total_seconds()), "they were there before: they hang, or have ended")
+
+
+def _told(store: dist.Store, name: str, about: str, place: Place, waiting: _Waiting, question: str) -> list[str]:
+    """One request of the store for each look, however many ranks there are, but where it is time to say who is missing."""
+    keys = [f"{name}/{rank}" for rank in range(place.size)]
+    store.set(keys[place.rank], about)
     for _ in waiting.pauses():
-        missing = [rank for rank in missing if not store.check([f"place/{rank}"])]
-        if not missing:
-            return store, [store.get(f"place/{rank}").decode() for rank in range(place.size)]
-        first = min(set(range(place.size)) - set(missing))
-        waiting.say(f"waiting for {_named(missing, place.size)}", speaks=place.rank == first)
+        if store.check(keys):
+            return [told.decode() for told in store.multi_get(keys)]
+        if waiting.is_time_for_a_word():
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            waiting.say(f"waiting for {_named(missing, place.size)}", speaks=place.rank == _first_there(missing, place.size))
+    missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     raise RanksMissing(
-        f"{_named(missing, place.size)} did not come within {_duration(waiting.seconds)}: {_CHECK}", speaks=place.rank == first
+        f"{_named(missing, place.size)} did not come within {_duration(waiting.seconds)}: {question}",
+        speaks=place.rank == _first_there(missing, place.size),
     )
+
+
+def _first_there(missing: list[int], size: int) -> int | None:
+    """The first rank that came, which speaks for those that did."""
+    return next((rank for rank in range(size) if rank not in set(missing)), None)
 
 
 def connect_store(place: Place, *, is_host: bool, timeout: datetime.timedelta) -> dist.Store:
@@ -96,12 +116,16 @@ class _Waiting:
             time.sleep(pause)
             pause = min(1.0, 1.3 * pause)
 
+    def is_time_for_a_word(self) -> bool:
+        """Whether `say` would print."""
+        return time.monotonic() - self._start >= self._next_word
+
     def say(self, text: str, *, speaks: bool) -> None:
         """Print `text` with the time left, where it is time for it."""
-        passed = time.monotonic() - self._start
-        if passed < self._next_word:
+        if not self.is_time_for_a_word():
             return
         self._next_word *= 2
+        passed = time.monotonic() - self._start
         if speaks:
             left = _duration(max(0.0, self.seconds - passed))
             print(f"megarlhf: rank {self._place.rank}: {text}; for {left} more", file=sys.stderr, flush=True)

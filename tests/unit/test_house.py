@@ -27,7 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers", "conversion"),
-    ("planning",),
+    ("planning", "doctor"),
     ("failures",),
     ("cli",),
     ("__main__",),

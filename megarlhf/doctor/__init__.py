@@ -1,0 +1,1 @@
+"""What this machine, or this cluster, has for a run, and what it lacks, in words."""
