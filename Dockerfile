@@ -34,7 +34,7 @@ ENV PATH="/opt/megarlhf/bin:$PATH" PYTHON=/opt/megarlhf/bin/python HOME=/workspa
 WORKDIR /workspace
 RUN mkdir -p data runs && chown -R 1000:1000 /workspace
 USER 1000:1000
-# Healthy: the program and what it stands on can be imported, and a GPU answers.
+# Healthy: the versions fit, a GPU answers, and there is room to write.
 HEALTHCHECK --interval=5m --timeout=2m --start-period=2m --retries=2 \
-    CMD ["python", "-c", "import megarlhf.cli, megatron.core, torch; torch.zeros(1, device='cuda').item()"]
+    CMD ["megarlhf", "doctor", "--quick", "--gpu"]
 CMD ["megarlhf", "--help"]

@@ -20,7 +20,7 @@ EPILOG = "Exit status: 0 when a run can start, 1 when something is wrong, 2 for 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look at everything and print it; returns the exit status: 0 usable, 1 something is wrong, 2 the environment is half set."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         place = place_in_run()
     except ValueError as error:
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _examine(options, place, software)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the words after `megarlhf doctor`."""
     parser = argparse.ArgumentParser(prog="megarlhf doctor", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are to be written (default: runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -1,12 +1,15 @@
 """The Dockerfile, which is not built here: under hadolint, with every path and pin that it names looked up."""
 
 import fnmatch
+import json
 import re
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from megarlhf.doctor.command import parser as doctor_parser
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -85,8 +88,10 @@ def test_pins_are_the_tested_versions():
 def test_the_user_is_not_root_and_health_is_looked_at():
     assert instructions("USER")[-1] == ["1000:1000"]
     assert len(instructions("HEALTHCHECK")) == 1
-    code = re.search(r'HEALTHCHECK .*"-c", "(.+)"\]', TEXT).group(1)
-    compile(code, "HEALTHCHECK", "exec")
+    program, tool, *words = json.loads(re.search(r"HEALTHCHECK .*?CMD (\[.+\])", TEXT, re.DOTALL).group(1))
+    assert (program, tool) == ("megarlhf", "doctor")
+    options = doctor_parser().parse_args(words)
+    assert options.quick and options.gpu
 
 
 def test_apex_of_pypi_is_never_asked_for():
