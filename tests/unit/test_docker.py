@@ -88,7 +88,7 @@ def test_pins_are_the_tested_versions():
 def test_the_user_is_not_root_and_health_is_looked_at():
     assert instructions("USER")[-1] == ["1000:1000"]
     assert len(instructions("HEALTHCHECK")) == 1
-    program, tool, *words = json.loads(re.search(r"HEALTHCHECK .*?CMD (\[.+\])", TEXT, re.DOTALL).group(1))
+    program, tool, *words = json.loads(re.search(r"HEALTHCHECK .*?CMD (\[.+?\])", TEXT, re.DOTALL).group(1))
     assert (program, tool) == ("megarlhf", "doctor")
     options = doctor_parser().parse_args(words)
     assert options.quick and options.gpu
