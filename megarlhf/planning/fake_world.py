@@ -48,7 +48,7 @@ def fake_world(rank: int, size: int) -> Iterator[World]:
                 stack.enter_context(mock.patch.object(target, name, replacement))
             prepare_megatron_globals()
             timeout = datetime.timedelta(minutes=30)
-            yield World(rank=rank, size=size, local_rank=0, device=DEVICE, timeout=timeout, alarm=Alarm(store, rank))
+            yield World(rank=rank, size=size, local_rank=0, device=DEVICE, timeout=timeout, alarm=Alarm(store, rank), store=store)
     finally:
         dist.destroy_process_group()
 
