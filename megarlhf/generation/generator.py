@@ -127,7 +127,7 @@ class Generator:
     def _answer(self, prompts: Prompts, sampling: Sampling, max_new: int, *, seed: int, iteration: int) -> _Responses:
         """Prefill, then one token per row and step; finished rows leave the batch now and then."""
         device, (n, width) = self.groups.device, prompts.tokens.shape
-        tokens, lengths, samples = (x.to(device) for x in (prompts.tokens, prompts.lengths, prompts.ids))
+        lengths, samples = (x.to(device) for x in (prompts.lengths, prompts.ids))
         limits = (self.architecture.max_seq_len - lengths).clamp(max=max_new)
         out = _Responses(
             tokens=torch.zeros(n, max_new, dtype=torch.int64, device=device),
@@ -136,7 +136,7 @@ class Generator:
             finished=torch.zeros(n, dtype=torch.bool, device=device),
         )
         max_len = min(width + max_new, self.architecture.max_seq_len)
-        prefilled, same_as = _without_copies(tokens)  # samples of one prompt share its prefill
+        prefilled, same_as = (x.to(device) for x in _without_copies(prompts.tokens))  # samples of one prompt share its prefill
         cache = self._cache(len(prefilled), max_len)
         cache.prefill(width)
         hidden = self._forward(prefilled, cache)

@@ -64,7 +64,7 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
     plans, problems, shrunk = {}, [], []
     for role, head in HEADS[config.stage].items():
         model = getattr(config, role)
-        if model is None:
+        if model is None or (model.load is None and model.architecture is None):  # no reward model beside functions
             continue
         try:
             architecture = architectures.of(role, head, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Prompts, RankingBatch, TextBatch
+from megarlhf.batch import Experience, Prompts, RankingBatch, TextBatch, ValueTargets
 
 
 def text(num_rows: int, width: int) -> TextBatch:
@@ -19,16 +19,22 @@ def demonstrations(num_rows: int, prompt_len: int, response_len: int) -> TextBat
     return TextBatch(**_tokens(num_rows, width), loss_mask=_response_mask(num_rows, prompt_len, response_len))
 
 
-def prompts(num_rows: int, width: int) -> Prompts:
-    """Prompts to answer."""
-    return Prompts(**_tokens(num_rows, width), ids=torch.arange(num_rows))
+def prompts(num_rows: int, width: int, *, samples: int = 1) -> Prompts:
+    """Prompts to answer, each with `samples` rows; they differ, as equal ones would share their prefill."""
+    number = torch.arange(num_rows)
+    rows = _tokens(num_rows, width)
+    rows["tokens"][:, 0] = number // samples
+    return Prompts(**rows, ids=number)
 
 
 def experience(num_rows: int, prompt_len: int, response_len: int) -> Experience:
     """Episodes whose responses took all that they might."""
-    mask = _response_mask(num_rows, prompt_len, response_len)
-    numbers = {name: torch.zeros(mask.shape) for name in ("old_logprobs", "old_values", "advantages", "returns")}
-    return Experience(**_tokens(num_rows, prompt_len + response_len), response_mask=mask, **numbers)
+    return Experience(**_episodes(num_rows, prompt_len, response_len, "old_logprobs", "ref_logprobs", "advantages"))
+
+
+def value_targets(num_rows: int, prompt_len: int, response_len: int) -> ValueTargets:
+    """The same episodes for a value function."""
+    return ValueTargets(**_episodes(num_rows, prompt_len, response_len, "old_values", "returns"))
 
 
 def rankings(num_prompts: int, completions: int, width: int) -> RankingBatch:
@@ -39,6 +45,11 @@ def rankings(num_prompts: int, completions: int, width: int) -> RankingBatch:
 
 def _tokens(num_rows: int, width: int) -> dict[str, Tensor]:
     return {"tokens": torch.zeros(num_rows, width, dtype=torch.int64), "lengths": torch.full((num_rows,), width)}
+
+
+def _episodes(num_rows: int, prompt_len: int, response_len: int, *numbers: str) -> dict[str, Tensor]:
+    mask = _response_mask(num_rows, prompt_len, response_len)
+    return {**_tokens(num_rows, prompt_len + response_len), "response_mask": mask, **{name: torch.zeros(mask.shape) for name in numbers}}
 
 
 def _response_mask(num_rows: int, prompt_len: int, response_len: int) -> Tensor:

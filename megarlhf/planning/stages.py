@@ -10,7 +10,7 @@ import torch
 
 from megarlhf.batch import Experience
 from megarlhf.config.ppo import PpoConfig
-from megarlhf.config.sections import LimitsConfig
+from megarlhf.config.sections import LimitsConfig, SamplingConfig
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.evaluation.responses import generator_of
@@ -117,35 +117,49 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
         _build(models, world, recorder)
         engines = recorder.engines
         engines["policy"].start_ema(s.ema_decay)
-        roles = PpoModels(**engines, generation_groups=world.groups(models.generation), notes=())
+        absent = {role: None for role in ("value", "reward") if role not in engines}
+        roles = PpoModels(**engines, **absent, generation_groups=world.groups(models.generation), notes=())
         recorder.use(roles.generation_groups)
         with recorder.meter.tagged("generation: weights"):
             generator = PolicyGenerator(roles, Ends())
 
-    policy_loss, text_loss = PolicyLoss(clip=s.clip, temperature=sampling.temperature), LanguageModelLoss()
-    value_loss = ValueLoss(clip=s.value_clip)
-    size = config.policy.micro_batch_size
+    trained, steps = _ppo_batches(config, lengths), s.epochs * (s.batch_size // s.minibatch_size)
+    first = {role: recorder.warm_up(role, batches) for role, batches in trained.items()}
+
+    with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
+        recorder.once("reshard", "policy", "publish", generator.publish)
+    recorder.use(roles.generation_groups)
+    _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size, samples=s.samples_per_prompt)
+    with recorder.phase("score"):
+        _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
+    with recorder.phase("update"):
+        for role, batches in trained.items():
+            recorder.update("update", role, batches, first[role], steps=steps)
+        recorder.once("update", "policy", "average", roles.policy.ema.update)
+    _save(recorder)
+
+
+def _ppo_batches(config: PpoConfig, lengths: tuple[int, int]) -> dict[str, list[Batch]]:
+    """What one optimizer step of each trained model takes."""
+    s, size = config.ppo, config.policy.micro_batch_size
+    policy_loss = PolicyLoss(
+        clip=s.clip,
+        temperature=config.generation.sampling.temperature,
+        kl_coef=s.kl_coef if s.kl_in == "loss" else 0.0,
+        kl_estimator=s.kl_estimator,
+        normalization=s.normalization,
+        max_len=lengths[1] if s.normalization == "constant" else None,
+    )
+    text_loss, value_loss = LanguageModelLoss(), ValueLoss(clip=s.value_clip)
     policy = [Batch(lambda n: Term("policy", policy_loss, rows.experience(n, *lengths)), s.minibatch_size, size)]
     if s.ptx_coef:
         seq_len = config.data.pretraining.seq_len
         make = lambda n: Term("ptx", text_loss, rows.text(n, seq_len), weight=s.ptx_coef)  # noqa: E731
         policy.append(Batch(make, s.ptx_ratio * s.minibatch_size, size))
-    value_make = lambda n: Term("value", value_loss, rows.experience(n, *lengths))  # noqa: E731
-    value = [Batch(value_make, s.minibatch_size, config.value.micro_batch_size)]
-    first = {"policy": recorder.warm_up("policy", policy), "value": recorder.warm_up("value", value)}
-
-    with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
-        recorder.once("reshard", "policy", "publish", generator.publish)
-    recorder.use(roles.generation_groups)
-    _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size)
-    with recorder.phase("score"):
-        _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
-    with recorder.phase("update"):
-        steps = s.epochs * (s.batch_size // s.minibatch_size)
-        recorder.update("update", "policy", policy, first["policy"], steps=steps)
-        recorder.update("update", "value", value, first["value"], steps=steps)
-        recorder.once("update", "policy", "average", roles.policy.ema.update)
-    _save(recorder)
+    if config.value is None:
+        return {"policy": policy}
+    make_value = lambda n: Term("value", value_loss, rows.value_targets(n, *lengths))  # noqa: E731
+    return {"policy": policy, "value": [Batch(make_value, s.minibatch_size, config.value.micro_batch_size)]}
 
 
 def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, temperature: float) -> None:
@@ -154,16 +168,20 @@ def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, tempera
     def first(n: int) -> Experience:
         return episodes.rows(torch.arange(n))
 
-    recorder.forward("score", "reward", lambda engine, n: engine.scores(first(n)), episodes)
+    if "reward" in recorder.engines:
+        recorder.forward("score", "reward", lambda engine, n: engine.scores(first(n)), episodes)
     for role in ("policy", "reference") if recompute else ("reference",):
         recorder.forward("score", role, lambda engine, n: engine.logprobs(first(n), mask[:n], temperature=temperature), episodes)
-    recorder.forward("score", "value", lambda engine, n: engine.values(first(n), mask[:n]), episodes)
+    if "value" in recorder.engines:
+        recorder.forward("score", "value", lambda engine, n: engine.values(first(n), mask[:n]), episodes)
 
 
-def _generate(recorder: Recorder, role: str, generator: Generator, prompt_len: int, sampling, *, num_rows: int) -> None:
+def _generate(
+    recorder: Recorder, role: str, generator: Generator, prompt_len: int, sampling: SamplingConfig, *, num_rows: int, samples: int = 1
+) -> None:
     """One batch of the generator: its prefill with the whole cache, and tokens at the beginning and at the end of the responses.
 
-    num_rows: of a step; 0 where the phase is no part of one.
+    num_rows: of a step; 0 where the phase is no part of one. samples: rows of each prompt.
     """
     layout, meter = generator.groups.layout, recorder.meter
     share = -(-num_rows // layout.dp) or sampling.max_batch_size or 1
@@ -183,7 +201,7 @@ def _generate(recorder: Recorder, role: str, generator: Generator, prompt_len: i
         meter.reads.clear()
         before = meter.cost.copy()
         meter.answers = [_GOES_ON] * (stop_after - 1) + [0]
-        generator.generate(rows.prompts(batch * layout.dp, width), max_new_tokens=most, **how)
+        generator.generate(rows.prompts(batch * layout.dp, width, samples=samples), max_new_tokens=most, **how)
         meter.answers = []
         return meter.reads[0] - before, (meter.reads[-1] - meter.reads[0]).scaled(1 / max(1, stop_after - 1))
 
