@@ -20,7 +20,7 @@ from megarlhf.parallel.groups import World
 VOCAB, LAYERS, HIDDEN, HEADS, SEQ = 256, 3, 32, 4, 24
 SIZES = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
 ARGUMENTS = {
-    **SIZES, "kv_channels": None, "max_position_embeddings": 64, "params_dtype": torch.float32, "attention_backend": AttnBackend.auto,
+    **SIZES, "kv_channels": None, "max_position_embeddings": 64, "params_dtype": torch.float32, "attention_backend": AttnBackend.unfused,
     "group_query_attention": False, "num_experts": None, "multi_latent_attention": False, "window_size": None, "swiglu": False,
 }  # fmt: skip
 LLAMA = {
