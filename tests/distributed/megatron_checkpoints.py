@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from dataclasses import replace
 from unittest import mock
 
@@ -111,6 +112,9 @@ def save_models(folder, tp):
     found = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))  # ours stays
+        stack.enter_context(mock.patch.dict(os.environ))  # where megatron-core notes how the first model attends, for all others
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)
         stack.callback(parallel_state.destroy_model_parallel)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
         for name, value in (("synchronize", None), ("current_device", "cpu")):  # all that saving needs of CUDA
