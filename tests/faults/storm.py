@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from megarlhf.runs.checkpoints import PARTIAL, own_checkpoints
-from tests.distributed.recipe import STAGES, curves, make_recipe
+from tests.distributed.recipe import curves, make_recipe
 
 LONGER = {
     "base": ["steps=14", "batch_size=12"],
@@ -34,7 +34,7 @@ LONGER = {
     "reward": ["epochs=4", "batch_size=8", "run.eval_every=3"],
     "ppo": ["ppo.iterations=10", "run.eval_every=4"],
 }
-"""What makes each stage of the recipe some ten steps long."""
+"""What makes each stage of the recipe some ten steps long; later ones start from those before."""
 DONE_WITHIN = 300.0
 """Seconds after which a run that neither ends nor dies has failed."""
 
@@ -186,13 +186,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="in all, shared out among the stages")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=list(LONGER), default=list(LONGER))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe"
         recipe.mkdir()
         make_recipe(recipe)
-        for stage in STAGES[:-1]:  # what later stages start from
+        for stage in list(LONGER)[:-1]:  # what later stages start from
             if not _ends(Started([stage_command(stage), "--config", str(recipe / f"{stage}.yaml")], 1, Path(folder) / "log.txt")):
                 print((Path(folder) / "log.txt").read_text())
                 return 1
