@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -40,6 +39,7 @@ from typing import Any
 from megarlhf.data.comparisons import prompt_of
 from megarlhf.data.fields import Messages, field_of, messages_field, text_field
 from megarlhf.data.files import BadRecord, kind_of, record_of, stored_records
+from megarlhf.data.functions import load_function
 from megarlhf.data.personal import personal_data
 from megarlhf.data.tokenized import TextEncoder
 from megarlhf.data.tokenizers import load_tokenizer
@@ -235,18 +235,13 @@ def texts_in(value: Any, names: set[str | None], name: str = "") -> Iterator[tup
 
 def load_hook(rule: str) -> Hook:
     """The function of "file.py:name", which says what it found. ValueError where there is none."""
-    path, _, name = rule.rpartition(":")
+    path = rule.rpartition(":")[0]
     if not Path(path).is_file():
         raise ValueError(f"--pii-rules {rule}: there is no file {path or rule}; write it as my_rules.py:function")
-    spec = importlib.util.spec_from_file_location("pii_rules", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its own classes look for it
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's program may raise
-        raise ValueError(f"--pii-rules {rule}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--pii-rules {rule}: {path} has no function {name}")
+        function = load_function(rule)
+    except ValueError as error:
+        raise ValueError(f"--pii-rules {rule}: {error}") from error
 
     def checked(text: str) -> str | None:
         try:

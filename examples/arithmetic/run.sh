@@ -16,13 +16,10 @@ export OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1
 data=$runs/data
 started=$SECONDS
 
-stage() { # stage COMMAND CONFIG key=value... [--smoke key=value...]: one stage; the latter in the short form only
-  local command=$1 config=$2 words=()
-  shift 2
-  while [ $# -gt 0 ] && [ "$1" != --smoke ]; do words+=("$1") && shift; done
-  if [ "$smoke" = yes ]; then words+=("${@:2}"); fi
-  "$python" -m megarlhf "$command" --config "$here/$config" "tokenizer.path=$data/tokenizer.model" "${words[@]}"
-}
+launcher=()
+shared=("tokenizer.path=$data/tokenizer.model")
+# shellcheck source=examples/stage.sh
+source examples/stage.sh
 
 echo "== data"
 if [ ! -f "$data/prompts_valid.jsonl" ]; then "$python" $here/make_data.py --output "$data"; fi

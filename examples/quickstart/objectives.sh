@@ -19,15 +19,11 @@ export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 data=$runs/data
 started=$SECONDS
 
-stage() { # stage COMMAND CONFIG key=value... [--smoke key=value...]: one stage on two ranks; the latter in the short form only
-  local command=$1 config=$2 words=()
-  shift 2
-  while [ $# -gt 0 ] && [ "$1" != --smoke ]; do words+=("$1") && shift; done
-  if [ "$smoke" = yes ]; then words+=("${@:2}"); fi
-  "$python" -m torch.distributed.run --standalone --nproc_per_node 2 -m megarlhf "$command" --config "$here/$config" \
-    "tokenizer.path=$data/tokenizer.model" "data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout" \
-    reference.load="$runs/ppo_init" "${words[@]}"
-}
+launcher=(-m torch.distributed.run --standalone --nproc_per_node 2)
+shared=("tokenizer.path=$data/tokenizer.model" "data.pretraining.prefix=$data/corpus" \
+  "data.pretraining.valid_prefix=$data/corpus_heldout" reference.load="$runs/ppo_init")
+# shellcheck source=examples/stage.sh
+source examples/stage.sh
 
 sampled=(policy.load="$runs/ppo_init" reward.load="$runs/reward" data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
 rankings=(model.load="$runs/ppo_init" data.train="$data/rankings.jsonl" data.valid="$data/rankings_valid.jsonl")

@@ -16,14 +16,10 @@ export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 data=$runs/data
 started=$SECONDS
 
-stage() { # stage COMMAND CONFIG key=value... [--smoke key=value...]: one stage on two ranks; the latter in the short form only
-  local command=$1 config=$2 words=()
-  shift 2
-  while [ $# -gt 0 ] && [ "$1" != --smoke ]; do words+=("$1") && shift; done
-  if [ "$smoke" = yes ]; then words+=("${@:2}"); fi
-  "$python" -m torch.distributed.run --standalone --nproc_per_node 2 -m megarlhf "$command" --config "$here/$config" \
-    "tokenizer.path=$data/tokenizer.model" "${words[@]}"
-}
+launcher=(-m torch.distributed.run --standalone --nproc_per_node 2)
+shared=("tokenizer.path=$data/tokenizer.model")
+# shellcheck source=examples/stage.sh
+source examples/stage.sh
 
 if [ ! -f "$data/corpus.idx" ]; then
   echo "== data"

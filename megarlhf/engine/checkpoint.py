@@ -38,6 +38,11 @@ class OwnPart:
     tensors: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
     pieces: Mapping[str, Mapping[str, Piece]]
 
+    @property
+    def bytes(self) -> int:
+        """Of the values."""
+        return sum(values.nbytes for kinds in self.tensors.values() for of_kind in kinds.values() for values in of_kind.values())
+
     def on_host(self) -> OwnPart:
         """A copy that later steps do not change: on the host, in pinned memory where the values are on a GPU."""
         copies = {
@@ -72,12 +77,6 @@ def own_part(models: Mapping[str, TrainEngine]) -> OwnPart:
 
 def _host_copy(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values.detach())
-
-
-def bytes_owned(models: Mapping[str, TrainEngine]) -> int:
-    """Bytes of tensors that this rank's part has."""
-    kinds = {engine: 4 if engine.ema is not None else 3 for engine in models.values()}
-    return sum(4 * kinds[engine] * piece.num_elements for engine in kinds for _, _, piece, _ in _owned(engine))
 
 
 def describe(engine: TrainEngine) -> dict:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 from megarlhf.algorithms.rewards import weighted_rewards
 from megarlhf.batch import Rollouts
 from megarlhf.config.ppo import PpoRewardConfig, RewardFunctionConfig
+from megarlhf.data.functions import load_function
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
@@ -71,22 +70,6 @@ class RewardFunctions:
         for config, function in zip(self.configs, self._functions, strict=True):
             found[config.name] = torch.tensor(called(function, config.function, prompts, responses, rows))
         return found
-
-
-def load_function(path_and_name: str) -> Function:
-    """The function of "file.py:name". ValueError where there is none."""
-    path, _, name = path_and_name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"rewards_in_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its own classes look for it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's program may raise
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        there = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
-        raise ValueError(f"{path} has no function {name}; it has {', '.join(there[:12]) or 'none'}")
-    return function
 
 
 def called(function: Function, name: str, prompts: list[str], responses: list[str], rows: Sequence[PromptRow]) -> list[float]:

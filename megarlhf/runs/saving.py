@@ -80,13 +80,12 @@ class Saving:
         self.finish()
         since = time.monotonic()
         path = self._folder / f"step_{state['step']:08d}"
-        own_bytes = checkpoint.bytes_owned(models)
-        if no_room := on_rank_0(self._world, _make_room, path, sum_of_world(own_bytes, self._world)):
+        part = checkpoint.own_part(models)
+        if no_room := on_rank_0(self._world, _make_room, path, sum_of_world(part.bytes, self._world)):
             return no_room
         described = {name: checkpoint.describe(engine) for name, engine in models.items()}
         self._writing = writing = _Writing(path, copy.deepcopy(state), described, best)
-        part = checkpoint.own_part(models)
-        beside = self._in_background and not wait and _fits_beside(own_bytes, self._world)
+        beside = self._in_background and not wait and _fits_beside(part.bytes, self._world)
         if beside:
             writing.thread = threading.Thread(target=writing.write, args=(part.on_host(), self._world.rank), daemon=True, name="saving")
             writing.thread.start()

@@ -2,9 +2,7 @@
 
 import errno
 import filecmp
-import json
 import threading
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,7 +11,7 @@ from megarlhf.engine.checkpoint import OwnPart
 from megarlhf.parallel.groups import World
 from megarlhf.runs import saving
 from megarlhf.storage.checkpoints import read_saved
-from tests.distributed.recipe import curves
+from tests.distributed.recipe import curves, lines_of
 from tests.distributed.test_resume import started
 
 EACH = ["run.save_every=1", "run.keep_checkpoints=9", "steps=5"]
@@ -56,12 +54,8 @@ def test_training_goes_on_beside_a_save_which_holds_the_state_before(recipe, ran
         one, other = (tmp_path / name / "checkpoints" / f"step_{step:08d}" for name in (folder, "false"))
         files = sorted(read_saved(other).files)
         assert len(files) == 2 and filecmp.cmpfiles(one, other, files, shallow=False) == (files, [], [])
-    lost = [line.get("time/save_seconds", 0) for line in curves_with_costs(tmp_path / "true")]
+    lost = [line.get("time/save_seconds", 0) for line in lines_of(tmp_path / "true" / "metrics.jsonl")]
     assert lost[0] == 0 and all(seconds > 0 for seconds in lost[1:])
-
-
-def curves_with_costs(run: Path):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_fails(folder, tmp, error):
