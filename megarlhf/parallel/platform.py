@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -195,12 +196,34 @@ def _cuda_type_names() -> None:
     torch.Tensor.type = type_name
 
 
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """What is imported inside is decorated with no torch.compile, and finds no wandb.
+
+    megatron-core compiles fused CUDA kernels and its inference server looks for wandb as they are imported. Neither is ever reached on
+    the CPU, and loading torch's compiler and wandb for them takes as long as everything else together.
+    """
+    compile_, wandb = torch.compile, sys.modules.get("wandb")
+    torch.compile = lambda model=None, **options: (lambda function: function) if model is None else model
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # "import wandb" then raises ImportError
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        if wandb is None:
+            del sys.modules["wandb"]
+
+
 def prepare_megatron() -> None:
-    """Import megatron-core and, where there is no CUDA, let it run on the CPU. Safe to call again."""
+    """Import megatron-core and, where there is no CUDA, let it run on the CPU. Safe to call again.
+
+    Called before anything else imports megatron-core it takes half the time (`_no_compiler`).
+    """
     if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
         # Newer releases import triton for mixture-of-experts kernels that are never reached here.
         sys.modules.setdefault("megatron.core.transformer.moe.ops.paged_stash", types.ModuleType("paged_stash"))
-    modules = [importlib.import_module(name) for name in MEGATRON_MODULES]
+    with contextlib.nullcontext() if torch.cuda.is_available() else _no_compiler():
+        modules = [importlib.import_module(name) for name in MEGATRON_MODULES]
     if torch.cuda.is_available() or getattr(modules[-1].torch, "_behind", None) is torch:
         return
     view = _View(torch, cuda=_cuda_on_cpu(), **{name: _factory(getattr(torch, name)) for name in FACTORIES})

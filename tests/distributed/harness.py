@@ -179,6 +179,9 @@ def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
 
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
+    from megarlhf.parallel import platform
+
+    platform.prepare_megatron()  # before a check's own imports do it, more slowly
     with stack_file.open("w") as stack:
         while True:
             job = pipe.recv_bytes()
