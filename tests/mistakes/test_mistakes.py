@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from megarlhf import cli
+from megarlhf.api import stages
 from megarlhf.telemetry.jsonl import JsonLines
 from megarlhf.trainers.pretrain import Pretraining
 from tests.distributed.harness import START_SECONDS
@@ -152,7 +153,7 @@ def test_a_bug_shows_where_it_is_once(said, places):
 
 @pytest.mark.parametrize(("stage", "overrides", "sentence"), named(cases.DOUBTS))
 def test_what_is_doubtful_is_said_and_runs(monkeypatch, said, places, stage, overrides, sentence):
-    monkeypatch.setattr(cli, "_stage", lambda name: lambda *args, **kwargs: {})
+    monkeypatch.setattr(stages, "stage_of", lambda name: lambda *args, **kwargs: {})
     status, text = said(cli.main, [filled(word, **places) for word in command(stage, overrides)])
     assert status == 0
     assert f"megarlhf {stage}: is this meant? " in text and filled(sentence, **places) in text

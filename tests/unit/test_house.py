@@ -28,7 +28,7 @@ ROOMS = (
     ("runs",),
     ("trainers", "conversion"),
     ("planning", "doctor"),
-    ("failures",),
+    ("failures", "api"),
     ("cli",),
     ("__main__",),
 )
