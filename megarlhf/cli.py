@@ -23,6 +23,9 @@ from megarlhf.parallel.launch import Place, place_in_run
 DESCRIPTION = "Train language models to follow instructions with human feedback (Ouyang et al. 2022)."
 DEFAULT_TIMEOUT_MINUTES = 30.0
 TOOLS = {
+    "init": ("megarlhf.preparation.init", "write a commented YAML file for a command, to fill in"),
+    "tokenizer": ("megarlhf.preparation.tokenizer", "train a tokenizer on text, and say how well it fits"),
+    "preprocess": ("megarlhf.preparation.preprocess", "text to a pretraining corpus"),
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
     "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
     "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),

@@ -10,7 +10,8 @@ import yaml
 
 from megarlhf.config import load_stage_config
 from megarlhf.data.pretraining import write_corpus
-from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.parallel.groups import World
 
 STAGES = ("base", "sft", "reward", "ppo", "grpo", "dpo")

@@ -16,7 +16,6 @@ from megarlhf.telemetry.jsonl import JsonLines
 from megarlhf.trainers.pretrain import Pretraining
 from tests.distributed.harness import START_SECONDS
 from tests.mistakes import cases
-from tools import preprocess_data
 
 FILE_OF = {"pretrain": "base"}
 LONGEST_SECONDS = 20
@@ -129,12 +128,8 @@ def test_environments(refused, monkeypatch, environment, sentence):
 
 
 @pytest.mark.parametrize(("line", "sentence"), named(cases.PREPROCESS))
-def test_preprocessing(refused, monkeypatch, line, sentence):
-    def main(words):
-        monkeypatch.setattr("sys.argv", ["preprocess_data.py", *words])
-        return preprocess_data.start()
-
-    refused(line.split(), sentence, main=main)
+def test_preprocessing(refused, line, sentence):
+    refused(["preprocess", *line.split()], sentence)
 
 
 @pytest.mark.parametrize(("where", "error", "sentence", "status"), [pytest.param(*row, id=ascii(row[1])) for row in cases.FAILURES])
