@@ -11,20 +11,21 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megarlhf import __version__
-from megarlhf.config import COMMANDS, ConfigError, doubts, load_stage_config
+from megarlhf.api.stages import load, problems_of, run_in
+from megarlhf.config import COMMANDS, ConfigError
 from megarlhf.config.documentation import describe
-from megarlhf.config.packages import missing_packages
-from megarlhf.config.paths import path_problems
 from megarlhf.config.stage import StageConfig
 from megarlhf.parallel.launch import Place, place_in_run
-from megarlhf.telemetry.sinks import check_sinks
 
 DESCRIPTION = "Train language models to follow instructions with human feedback (Ouyang et al. 2022)."
 DEFAULT_TIMEOUT_MINUTES = 30.0
 TOOLS = {
+    "init": ("megarlhf.preparation.init", "write a commented YAML file for a command, to fill in"),
+    "tokenizer": ("megarlhf.preparation.tokenizer", "train a tokenizer on text, and say how well it fits"),
+    "preprocess": ("megarlhf.preparation.preprocess", "text to a pretraining corpus"),
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
     "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
     "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),
@@ -78,12 +79,10 @@ def _checked(options: argparse.Namespace, place: Place) -> tuple[StageConfig | N
     if len(options.config) > 1:
         return None, f"--config is given {len(options.config)} times: {', '.join(options.config)}"
     try:
-        config = load_stage_config(options.config[0], options.overrides, command=options.command)
+        config = load(options.command, options.config[0], options.overrides)
     except ConfigError as error:
         return None, f"the configuration is not valid:\n{error}"
-    problems = path_problems(config) + missing_packages(config)
-    if place.rank == 0:  # the only one that writes
-        problems += check_sinks(config.run.sinks)
+    problems = problems_of(config, place)
     return config, "\n".join(problems if len(problems) < 2 else ["several things are not there:", *problems]) or None
 
 
@@ -139,7 +138,6 @@ def _run(command: str, config: StageConfig | None, problem: str | None, place: P
     from megarlhf.failures import leave, say, speak, status_of_other
     from megarlhf.parallel.groups import World
     from megarlhf.parallel.rendezvous import RanksMissing
-    from megarlhf.runs.agreement import refuse_together, require_same_config
 
     if config is not None and config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -155,12 +153,7 @@ def _run(command: str, config: StageConfig | None, problem: str | None, place: P
         return 2
     world.alarm.watch(lambda rung: leave(status_of_other(rung, place)))
     try:
-        refuse_together([problem] if problem else [], world)
-        require_same_config(config, world)
-        for doubt in doubts(config) if world.rank == 0 else ():
-            print(f"megarlhf {command}: is this meant? {doubt}", file=sys.stderr, flush=True)
-        _stage(command)(config, world, fresh=fresh)
-        world.barrier()  # torchrun ends the others when one has failed, not when one is done: all are done here
+        run_in(world, config, problems=[problem] if problem else [], fresh=fresh)
     except (Exception, KeyboardInterrupt) as error:
         status = speak(command, error, world.alarm, place)
         if world.size > 1:  # the others may hang, and leaving a group can wait for them
@@ -169,21 +162,3 @@ def _run(command: str, config: StageConfig | None, problem: str | None, place: P
         status = 0
     world.close()
     return status
-
-
-def _stage(name: str) -> Callable[..., dict[str, float]]:
-    if name == "pretrain":
-        from megarlhf.trainers.pretrain import pretrain as stage
-    elif name == "sft":
-        from megarlhf.trainers.sft import sft as stage
-    elif name == "reward":
-        from megarlhf.trainers.reward_model import reward_model as stage
-    elif name == "ppo":
-        from megarlhf.trainers.ppo import ppo as stage
-    elif name == "dpo":
-        from megarlhf.trainers.dpo import dpo as stage
-    elif name == "generate":
-        from megarlhf.trainers.generate import generate_responses as stage
-    else:
-        from megarlhf.trainers.evaluate import evaluate as stage
-    return stage

@@ -21,12 +21,12 @@ from typing import NoReturn
 import torch
 
 from megarlhf.config import ConfigError
+from megarlhf.endings import INTERRUPTED, USER_WROTE_WRONG, WENT_WRONG
 from megarlhf.parallel.alarm import LOOK_SECONDS, Alarm, Rung, Whereabouts, first_sentence, is_broken_connection
 from megarlhf.parallel.launch import Place
 from megarlhf.runs.agreement import RunError
 from megarlhf.storage.files import system_error
 
-USER_WROTE_WRONG, WENT_WRONG, INTERRUPTED = 2, 1, 130
 TOGETHER_SECONDS = 5.0
 """How long a rank leaves the word to rank 0 for an error that all ranks raise."""
 SPOKEN_SECONDS = 5.0

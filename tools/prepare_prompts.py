@@ -29,7 +29,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -43,7 +43,7 @@ from megarlhf.data.functions import load_function
 from megarlhf.data.personal import personal_data
 from megarlhf.data.tokenized import TextEncoder
 from megarlhf.data.tokenizers import load_tokenizer
-from megarlhf.storage.files import system_error
+from megarlhf.endings import ended
 
 Hook = Callable[[str], "str | None"]
 
@@ -362,22 +362,11 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def start() -> int:
-    """An exit status: 0, 2 for what the user wrote wrong, 1 for what went wrong while running, 130 after Ctrl-C."""
-    args = arguments().parse_args()
-    try:
-        print(prepare(args))
-        return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk
-        print(f"error: {system_error(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C; nothing was kept", file=sys.stderr)
-        return 130
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the closing table; returns the exit status (see `ended`)."""
+    args = arguments().parse_args(words)
+    return ended("prepare_prompts", lambda: print(prepare(args)), after_ctrl_c="nothing was kept")
 
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(main())

@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 
-from megarlhf.data.tokenizers import train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
 
 LARGEST = 19
 NUM_DEMONSTRATIONS, NUM_VALID = 12000, 80

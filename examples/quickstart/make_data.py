@@ -294,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train_tokenizer(output: Path, records: Mapping[str, list[dict]], *, vocab_size: int) -> None:
     """Train tokenizer.model on the corpus and the demonstrations, and print how long the rows are in tokens."""
-    from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+    from megarlhf.data.tokenizer_training import train_sentencepiece
+    from megarlhf.data.tokenizers import load_tokenizer
 
     texts = [item["text"] for item in records["corpus"]] + [item["prompt"] + item["response"] for item in records["demonstrations"]]
     tokenizer = load_tokenizer(train_sentencepiece(texts, output / "tokenizer", vocab_size=vocab_size))

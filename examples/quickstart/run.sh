@@ -26,7 +26,7 @@ if [ ! -f "$data/corpus.idx" ]; then
   mkdir -p "$data"
   "$python" $here/make_data.py --output "$data" --tokenizer-vocab 1024
   for text in corpus_heldout corpus; do
-    "$python" tools/preprocess_data.py --input "$data/$text.jsonl" --output-prefix "$data/$text" --tokenizer "$data/tokenizer.model"
+    "$python" -m megarlhf preprocess --input "$data/$text.jsonl" --output-prefix "$data/$text" --tokenizer "$data/tokenizer.model"
   done
 fi
 demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demonstrations_valid.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def _class_doc(cls: type) -> str:
     return "" if doc.startswith(f"{cls.__name__}(") else doc
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of `cls` and its bases, read from the source."""
     docs = {}

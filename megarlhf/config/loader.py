@@ -54,9 +54,12 @@ def build_config(cls: type[C], tree: dict[str, Any], overrides: Sequence[str] = 
     return _Builder(cls, name, overridden, problems).build(tree)
 
 
-def check_config(config: Any) -> None:
-    """Hold a configuration built in code to the same types and rules as one read from YAML. Raises ConfigError with all violations."""
-    _Builder(type(config), "configuration", (), []).build(to_dict(config))
+def check_config(config: C) -> C:
+    """A configuration built in code, held to the types and rules of one read from YAML, and with its values as that would have them.
+
+    Raises ConfigError with all violations.
+    """
+    return _Builder(type(config), "configuration", (), []).build(to_dict(config))
 
 
 def doubts(config: Any) -> list[str]:

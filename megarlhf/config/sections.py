@@ -216,7 +216,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingDataConfig(HeldOutTextConfig):
-    """Pretraining text in Megatron's .bin/.idx format, written by tools/preprocess_data.py, and held-out text beside it."""
+    """Pretraining text in Megatron's .bin/.idx format, written by `megarlhf preprocess`, and held-out text beside it."""
 
     prefix: Corpus | None = None
     """Path of the .bin and .idx files without their endings; null: `blend` names several."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from megarlhf.conversion.new_folder import GIB
 from megarlhf.conversion.to_hf import Exported, to_hf
 from megarlhf.conversion.torch_dist import checkpoint_folder
 from megarlhf.conversion.verification import check_verifiable, verify
+from megarlhf.endings import ended
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import STATE_FILE, Saved, read_saved
-from megarlhf.storage.files import system_error
 
 SUMMARY = "Convert a Hugging Face folder or a Megatron-LM checkpoint to one of ours, or a model of a run to a Hugging Face folder."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,18 +29,9 @@ INWARD = ("eos_token", "layers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert as the command line says; returns the exit status: 0, 2 for what the user can mend, 1 for what went wrong."""
+    """Convert as the command line says; returns the exit status (see `ended`)."""
     options = _parser().parse_args(arguments)
-    try:
-        for line in _convert(options):
-            print(line, flush=True)
-    except ValueError as error:
-        return _failed(str(error), 2)
-    except OSError as error:
-        return _failed(system_error(error), 1)
-    except KeyboardInterrupt:
-        return _failed("stopped by Ctrl-C; nothing is left of it", 130)
-    return 0
+    return ended("megarlhf convert", lambda: print(*_convert(options), sep="\n", flush=True), after_ctrl_c="nothing is left of it")
 
 
 def _convert(options: argparse.Namespace) -> list[str]:
@@ -93,11 +83,6 @@ def _bytes(gib: float) -> int:
     if not gib > 0:
         raise ValueError(f"--shard-gb must be above 0, got {gib}")
     return int(gib * GIB)
-
-
-def _failed(problem: str, status: int) -> int:
-    print(f"megarlhf convert: {problem}", file=sys.stderr, flush=True)
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import numpy as np
 
 from megarlhf.data.corpus_index import CorpusIndex
 
-WAY_OUT = "Make the corpus with tools/preprocess_data.py and the run's tokenizer"
+WAY_OUT = "Make the corpus with megarlhf preprocess and the run's tokenizer"
 SCANNED_BYTES = 2**29
 BLOCK_BYTES = 2**22
 

@@ -8,9 +8,8 @@ padding; the rare text that a model has no other tokens for is refused (`Unwrita
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -94,7 +93,7 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
 class SentencePieceTokenizer:
     """A sentencepiece model.
 
-    Text comes back as it was only from a model that does not normalise it; `train_sentencepiece` trains such ones. Many
+    Text comes back as it was only from a model that does not normalise it; `megarlhf tokenizer` trains such ones. Many
     others turn newlines into spaces and join runs of spaces. No model tells U+2581, its sign for a space, from a space.
     """
 
@@ -192,45 +191,6 @@ class HuggingFaceTokenizer:
     @cached_property
     def _marked_letters(self) -> frozenset[str]:
         return frozenset(self._mark_of_id.values())
-
-
-def train_sentencepiece(texts: Iterable[str], model_prefix: str | Path, *, vocab_size: int, character_coverage: float = 0.9995) -> Path:
-    """Train a byte-pair encoding that gives text back as it was, and write it to ``<model_prefix>.model``.
-
-    No normalisation, no dummy space before a text, spaces and newlines kept (a newline is always one token), bytes for
-    the characters outside `character_coverage`, a piece of its own for padding. The same texts give the same file.
-
-    Raises:
-        ValueError: `vocab_size` does not fit the texts (sentencepiece's message says how).
-    """
-    path = Path(f"{model_prefix}.model")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,  # given a path, sentencepiece would write that path into the model
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            max_sentence_length=2**30,  # bytes; longer texts would be left out
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"cannot train a tokenizer with vocab_size {vocab_size}: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
-    return path
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -129,6 +129,11 @@ class World:
             alarm=Alarm(store, rank, reconnect), store=store,
         )
 
+    @staticmethod
+    def is_joined() -> bool:
+        """Whether this process is in a world: has a default process group."""
+        return dist.is_initialized()
+
     def layout(self, *, tp: int = 1, pp: int = 1, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
         """The layout with these axes over all ranks of this world."""
         return ParallelLayout.over(self.size, tp=tp, pp=pp, virtual_pp=virtual_pp, sequence_parallel=sequence_parallel)

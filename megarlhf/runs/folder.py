@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,9 +40,12 @@ RUN_FILE = "run.json"
 class Run:
     """One stage's folder. Only rank 0 writes beside checkpoints; opening, saving and resuming are collectives of the whole world."""
 
-    def __init__(self, config: StageConfig, world: World, *, fresh: bool = False) -> None:
+    def __init__(
+        self, config: StageConfig, world: World, *, fresh: bool = False, callbacks: Sequence[Callable[[int, dict], None]] = ()
+    ) -> None:
         """Look at the folder, find the checkpoint to go on from, and write nothing yet.
 
+        Args: callbacks: called with each step that is logged and its metrics, on every rank.
         ConfigError when it belongs to another stage, is in use, with `fresh` when it holds anything, when its newest checkpoint is
         damaged, and when the configuration changes what a run must keep.
         """
@@ -55,6 +58,7 @@ class Run:
         self.sources: dict[str, dict] = {}
         """Role -> where a model's weights came from, see runs/models.py."""
         self._whole = config
+        self._callbacks = callbacks
         self._sinks: list[Sink] = []
         self._samples: SampleLog | None = None
         self._lock: FolderLock | None = None
@@ -129,12 +133,14 @@ class Run:
         on_rank_0(self.world, self._open_logs, step)
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, object]] = ()) -> None:
-        """Write one step's metrics to every sink, and its sampled responses."""
+        """Write one step's metrics to every sink, and its sampled responses; then call the callbacks."""
         for sink in self._sinks:
             sink.write(self.stage, step, metrics)
         if self._samples is not None:
             for sample in samples:
                 self._samples.write(self.stage, step, **sample)
+        for callback in self._callbacks:
+            callback(step, dict(metrics))
 
     def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False, last: bool = False) -> None:
         """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.

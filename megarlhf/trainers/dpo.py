@@ -15,7 +15,6 @@ from megarlhf.data.tokenized import RankingRow
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.terms import DpoLoss, LanguageModelLoss, Term
 from megarlhf.evaluation.preferences import preference_metrics
-from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
@@ -118,7 +117,6 @@ class DirectPreferenceOptimization(Stage):
             self.text.load_state_dict(state["text"])
 
 
-def dpo(config: DpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def dpo(config: DpoConfig, run: Run) -> dict[str, float]:
     """`megarlhf dpo`."""
-    with Run(config, world, fresh=fresh) as run:
-        return run_stage(DirectPreferenceOptimization(config, run), run)
+    return run_stage(DirectPreferenceOptimization(config, run), run)

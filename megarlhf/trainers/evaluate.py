@@ -20,7 +20,6 @@ from megarlhf.evaluation.tasks import answer_results, choice_results, newline_id
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers
 from megarlhf.models.parameters import Head
-from megarlhf.parallel.groups import World
 from megarlhf.runs.answers import ANSWERS_FILE, INPUTS_FILE, answers_to_other_input, inputs_of
 from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlanner
@@ -31,10 +30,9 @@ from megarlhf.telemetry.tables import format_table
 RANKINGS_FILE, TASKS_FILE, COMPARISONS_FILE = "rankings.jsonl", "tasks.jsonl", "comparisons.jsonl"
 
 
-def evaluate(config: EvaluateConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def evaluate(config: EvaluateConfig, run: Run) -> dict[str, float]:
     """`megarlhf evaluate`: what the given data allow; a table, <run.dir>/evaluation.json, and a JSONL file of each kind of record."""
-    with Run(config, world, fresh=fresh) as run:
-        return Evaluation(config, run).metrics()
+    return Evaluation(config, run).metrics()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 from megarlhf.config.inference import GenerateConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.evaluation.responses import ResponseJudge, generator_of, response_lines
-from megarlhf.parallel.groups import World
 from megarlhf.runs.answers import ANSWERS_FILE, INPUTS_FILE, answers_to_other_input, inputs_of
 from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlanner
@@ -15,13 +14,8 @@ from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.row_lengths import row_lengths
 
 
-def generate_responses(config: GenerateConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     """`megarlhf generate`: one response to each prompt, into <run.dir>/responses.jsonl."""
-    with Run(config, world, fresh=fresh) as run:
-        return _generated(config, run)
-
-
-def _generated(config: GenerateConfig, run: Run) -> dict[str, float]:
     tokenizer = open_tokenizer(config.tokenizer, run.world)
     records = Records(tokenizer, config.limits)
     prompts = records.prompts("prompts", config.prompts)

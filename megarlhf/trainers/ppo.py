@@ -23,7 +23,6 @@ from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
 from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, response_records
-from megarlhf.parallel.groups import World
 from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
@@ -264,16 +263,15 @@ class ProximalPolicyOptimization(Stage):
             self.kl_coef = state["kl_coef"]
 
 
-def ppo(config: PpoConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
     """`megarlhf ppo`."""
-    with Run(config, world, fresh=fresh) as run:
-        tokenizer = open_tokenizer(config.tokenizer, world)
-        records = Records(tokenizer, config.limits)
-        samples = config.ppo.samples_per_prompt
-        batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
-        prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)
-        valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
-        problems = [*records.agree(world), *run.keep(records.fingerprints)]
-        stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)
-        stage.notes = [*records.notes, *stage.notes]
-        return run_stage(stage, run)
+    tokenizer = open_tokenizer(config.tokenizer, run.world)
+    records = Records(tokenizer, config.limits)
+    samples = config.ppo.samples_per_prompt
+    batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
+    prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)
+    valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
+    problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+    stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)
+    stage.notes = [*records.notes, *stage.notes]
+    return run_stage(stage, run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from megarlhf.config.sections import LimitsConfig
 from megarlhf.config.training import PretrainConfig
 from megarlhf.engine.terms import LanguageModelLoss, Term
-from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
@@ -59,7 +58,6 @@ class Pretraining(Stage):
         self.text.load_state_dict(state["text"])
 
 
-def pretrain(config: PretrainConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def pretrain(config: PretrainConfig, run: Run) -> dict[str, float]:
     """`megarlhf pretrain`."""
-    with Run(config, world, fresh=fresh) as run:
-        return run_stage(Pretraining(config, run), run)
+    return run_stage(Pretraining(config, run), run)

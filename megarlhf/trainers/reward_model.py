@@ -9,7 +9,6 @@ from megarlhf.data.collation import ranking_batch, text_batch
 from megarlhf.data.order import ShuffledOrder
 from megarlhf.engine.terms import RankingLoss, Term
 from megarlhf.evaluation.rankings import ranking_metrics
-from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
@@ -82,7 +81,6 @@ class RewardModelTraining(Stage):
         self.order.load_state_dict(state["order"])
 
 
-def reward_model(config: RewardConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def reward_model(config: RewardConfig, run: Run) -> dict[str, float]:
     """`megarlhf reward`."""
-    with Run(config, world, fresh=fresh) as run:
-        return run_stage(RewardModelTraining(config, run), run)
+    return run_stage(RewardModelTraining(config, run), run)

@@ -13,7 +13,6 @@ from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records
 from megarlhf.evaluation.text import language_model_loss_on
-from megarlhf.parallel.groups import World
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
 from megarlhf.runs.models import ModelPlanner
@@ -132,7 +131,6 @@ def pretraining_shares(terms: Sequence[Term]) -> dict[str, float]:
     return {f"pretraining/{name}": parts[-1] / sum(parts) for name, parts in shares.items() if len(terms) > 1}
 
 
-def sft(config: SftConfig, world: World, *, fresh: bool = False) -> dict[str, float]:
+def sft(config: SftConfig, run: Run) -> dict[str, float]:
     """`megarlhf sft`."""
-    with Run(config, world, fresh=fresh) as run:
-        return run_stage(SupervisedFineTuning(config, run), run)
+    return run_stage(SupervisedFineTuning(config, run), run)

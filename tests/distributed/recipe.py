@@ -10,7 +10,8 @@ import yaml
 
 from megarlhf.config import load_stage_config
 from megarlhf.data.pretraining import write_corpus
-from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.parallel.groups import World
 
 STAGES = ("base", "sft", "reward", "ppo", "grpo", "dpo")
@@ -163,7 +164,7 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
 
     With `stop_before`, the run dies before that step (from 0), with what it has logged and saved by then.
     """
-    from megarlhf import cli
+    from megarlhf.api.stages import run_in
     from megarlhf.runs import loop
     from megarlhf.trainers import dpo, ppo, pretrain, reward_model, sft
 
@@ -187,7 +188,7 @@ def run_stage_of(path: Path, overrides=(), *, stop_before: int | None = None, fr
         for module in (dpo, ppo, pretrain, reward_model, sft):
             stack.enter_context(mock.patch.object(module, "run_stage", watched))
         stack.enter_context(contextlib.suppress(Interrupted))
-        cli._stage(config.stage)(config, World.connect(), fresh=fresh)
+        run_in(World.connect(), config, fresh=fresh)
     return stages[0] if stages else None
 
 

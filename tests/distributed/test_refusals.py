@@ -31,7 +31,7 @@ def check_messages(cases):
 @pytest.fixture(scope="module")
 def broken(recipe, tmp_path_factory):
     """Data and models that do not fit the recipe's."""
-    from megarlhf.data.tokenizers import train_sentencepiece
+    from megarlhf.data.tokenizer_training import train_sentencepiece
 
     folder = tmp_path_factory.mktemp("broken")
     train_sentencepiece(["some other text, and a bit more of it"] * 3, folder / "other", vocab_size=300)
@@ -175,7 +175,7 @@ def test_an_old_copy_on_one_rank_stops_all(recipe, ranks2, tmp_path, stage, name
             file.write((tmp_path / "old.bin").read_bytes()[2:4] * 2)  # as long as before, and of the same vocabulary
         old = tmp_path / "old"
     elif name == "tokenizer.model":
-        from megarlhf.data.tokenizers import train_sentencepiece
+        from megarlhf.data.tokenizer_training import train_sentencepiece
 
         old = train_sentencepiece([(recipe / "prompts.jsonl").read_text()], tmp_path / "old", vocab_size=300)
     else:

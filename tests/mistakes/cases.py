@@ -392,7 +392,7 @@ FAILURES = [
 A_BUG = KeyError("nobody foresaw this")
 
 PREPROCESS = [
-    # (words after preprocess_data.py, sentence)
+    # (words after `megarlhf preprocess`, sentence)
     ("", "the following arguments are required: --input, --output-prefix, --tokenizer"),
     ("--input {recipe}/none.jsonl --output-prefix {tmp}/x --tokenizer {recipe}/tokenizer.model", "none.jsonl: missing file: there is no such file"),
     ("--input {recipe}/tokenizer.model --output-prefix {tmp}/x --tokenizer {recipe}/tokenizer.model", "unknown kind of file"),

@@ -31,7 +31,7 @@ from megarlhf.data.fields import Message
 from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.records import read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.tasks import read_task
-from megarlhf.data.tokenizers import train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.models.parameters import parameter_specs
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import CheckpointReader

@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 
 from megarlhf import cli
+from megarlhf.api import stages
 from megarlhf.telemetry.jsonl import JsonLines
 from megarlhf.trainers.pretrain import Pretraining
 from tests.distributed.harness import START_SECONDS
 from tests.mistakes import cases
-from tools import preprocess_data
 
 FILE_OF = {"pretrain": "base"}
 LONGEST_SECONDS = 20
@@ -128,12 +128,8 @@ def test_environments(refused, monkeypatch, environment, sentence):
 
 
 @pytest.mark.parametrize(("line", "sentence"), named(cases.PREPROCESS))
-def test_preprocessing(refused, monkeypatch, line, sentence):
-    def main(words):
-        monkeypatch.setattr("sys.argv", ["preprocess_data.py", *words])
-        return preprocess_data.start()
-
-    refused(line.split(), sentence, main=main)
+def test_preprocessing(refused, line, sentence):
+    refused(["preprocess", *line.split()], sentence)
 
 
 @pytest.mark.parametrize(("where", "error", "sentence", "status"), [pytest.param(*row, id=ascii(row[1])) for row in cases.FAILURES])
@@ -152,7 +148,7 @@ def test_a_bug_shows_where_it_is_once(said, places):
 
 @pytest.mark.parametrize(("stage", "overrides", "sentence"), named(cases.DOUBTS))
 def test_what_is_doubtful_is_said_and_runs(monkeypatch, said, places, stage, overrides, sentence):
-    monkeypatch.setattr(cli, "_stage", lambda name: lambda *args, **kwargs: {})
+    monkeypatch.setattr(stages, "stage_of", lambda name: lambda *args, **kwargs: {})
     status, text = said(cli.main, [filled(word, **places) for word in command(stage, overrides)])
     assert status == 0
     assert f"megarlhf {stage}: is this meant? " in text and filled(sentence, **places) in text

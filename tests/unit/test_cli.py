@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megarlhf import cli
+from megarlhf.api import stages
 from megarlhf.config.documentation import keys_of
 from megarlhf.config.fields import without_none, without_rules
 from megarlhf.config.rules import PathTo
@@ -108,8 +109,9 @@ def test_help_lists_every_key(command, capsys):
 
 
 def test_every_command_has_a_stage():
+    assert list(stages.STAGES) == list(cli.COMMANDS)
     for command in cli.COMMANDS:
-        assert callable(cli._stage(command))
+        assert callable(stages.stage_of(command))
     assert "megarlhf.trainers.ppo" in sys.modules
 
 

@@ -11,7 +11,8 @@ from megarlhf.config.sections import CorpusConfig, PretrainingDataConfig
 from megarlhf.data.blend import BlendedOrder
 from megarlhf.data.corpus import Corpus
 from megarlhf.data.pretraining import PretrainingStream, write_corpus
-from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.runs.records import LimitsConfig, Records
 
 EOS, VOCAB, SEQ_LEN = 7, 500, 8

@@ -1,6 +1,5 @@
 """The pretraining stream yields exactly the corpus; the tool writes exactly the documents."""
 
-import importlib
 import json
 import os
 import random
@@ -17,7 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megarlhf.data import corpus as corpus_module
 from megarlhf.data.corpus import Corpus
 from megarlhf.data.pretraining import PretrainingStream, held_out_rows, write_corpus
-from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.preparation import preprocess
 
 ROOT = Path(__file__).parents[2]
 EOS, VOCAB = 7, 70_000
@@ -90,7 +91,7 @@ def test_an_unusable_corpus_is_refused(corpus, tmp_path):
     def open_stream(prefix=corpus, **changes):
         return stream_of(prefix, **{"seq_len": 16, "seed": 1, **changes})
 
-    with pytest.raises(ValueError, match="none.bin is missing or empty.*preprocess_data"):
+    with pytest.raises(ValueError, match="none.bin is missing or empty.*megarlhf preprocess"):
         open_stream(tmp_path / "none")
     with pytest.raises(ValueError, match="fewer than one row of seq_len 100000"):
         open_stream(seq_len=100_000)
@@ -240,19 +241,15 @@ def test_the_tool_writes_the_documents_and_counts_what_it_skips(tmp_path, tool_r
     assert all(dataset[i][-1] == tokenizer.eos_id for i in range(len(dataset)))
 
 
-def test_the_tool_refuses_bad_input_with_its_line_and_leaves_nothing(tmp_path, tool_run, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    tool = importlib.import_module("preprocess_data")
+def test_the_tool_refuses_bad_input_with_its_line_and_leaves_nothing(tmp_path, tool_run, capsys):
     _, _, args = tool_run
 
     def refusal(*more):
-        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *args, *map(str, more)])
-        with pytest.raises(SystemExit) as error:
-            tool.main()
-        return str(error.value)
+        assert preprocess.main([*map(str, args), *map(str, more)]) == 2
+        return capsys.readouterr().err.strip()
 
     way_out = "Write some text or remove the record."
-    assert refusal() == f'error: {tmp_path}/a.jsonl:3: empty text: "body" has no text. {way_out}'
+    assert refusal() == f'megarlhf preprocess: {tmp_path}/a.jsonl:3: empty text: "body" has no text. {way_out}'
     assert f"{tmp_path}/missing.jsonl: missing file" in refusal("--input", tmp_path / "missing.jsonl")
     (tmp_path / "b.txt").write_bytes(b"fine\nfine\nnot \xff fine\n")
     assert f"{tmp_path}/b.txt:3: invalid UTF-8" in refusal("--input", tmp_path / "b.txt")

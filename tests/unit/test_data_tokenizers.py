@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megarlhf.data.tokenizers import UnwritableText, load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import UnwritableText, load_tokenizer
 
 TEXTS = [text for _, text in sorted(topics.items())][:40]
 HARD = [

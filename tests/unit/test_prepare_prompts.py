@@ -9,7 +9,8 @@ from pydoc_data.topics import topics
 import pytest
 
 from megarlhf.data.personal import personal_data
-from megarlhf.data.tokenizers import load_tokenizer, train_sentencepiece
+from megarlhf.data.tokenizer_training import train_sentencepiece
+from megarlhf.data.tokenizers import load_tokenizer
 from tools import prepare_prompts as tool
 
 

@@ -1,0 +1,1 @@
+"""What is made before a run: configurations, tokenizers, corpora; each module is a command."""
