@@ -67,6 +67,9 @@ class RunConfig:
     """Steps (PPO: iterations) between checkpoints, besides those of save_minutes and the last; 0: none."""
     save_minutes: Annotated[float, Range(0, 1e6)] | None = 30.0
     """Minutes after which the next step saves a checkpoint whatever its number; null: never."""
+    stop_after_minutes: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """Minutes after its start at which a run saves and stops, after the step that is under way, with exit status 75, on which the Slurm
+    scripts start it again; null: never. A step is taken in any case."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay; older ones are removed after a newer is complete."""
     keep_every: CountOrNone = 0

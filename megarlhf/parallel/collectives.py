@@ -56,11 +56,11 @@ def largest_of_world(values: Sequence[int], world: World) -> list[int]:
     return whole.tolist()
 
 
-def sum_of_world(value: int, world: World) -> int:
-    """The sum of each rank's `value`."""
-    whole = torch.tensor([value], dtype=torch.int64, device=world.device)
+def sum_of_world(values: Sequence[int], world: World) -> list[int]:
+    """The sum of each of `values` over all ranks."""
+    whole = torch.tensor(values, dtype=torch.int64, device=world.device)
     dist.all_reduce(whole)
-    return int(whole)
+    return whole.tolist()
 
 
 def broadcast_object(value: object, *, source: int = 0) -> object:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ class Run:
         ConfigError when it belongs to another stage, is in use, with `fresh` when it holds anything, when its newest checkpoint is
         damaged, and when the configuration changes what a run must keep.
         """
+        self.started = time.monotonic()
+        """When: what run.stop_after_minutes counts from."""
         self.stage = config.stage
         self.config = config.run
         self.world = world

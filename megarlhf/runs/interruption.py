@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered until the next safe point, where everything is saved."""
+"""What asks a run to stop, signals and its clock: heard at the next safe point, where everything is saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import FrameType
 from megarlhf.runs.agreement import RunError
 
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CLOCK = -1
+"""Stands for run.stop_after_minutes where the number of a signal would."""
 
 
 class Interrupted(RunError):
@@ -17,9 +19,10 @@ class Interrupted(RunError):
     Exit status 75 (sysexits.h: a temporary failure, try again), by which a launcher knows to start it again; 130 after Ctrl-C.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, asked: int) -> None:
+        """Args: asked: the number of a signal, or CLOCK."""
         super().__init__(message)
-        self.exit_status = 130 if signal_number == signal.SIGINT else 75
+        self.exit_status = 130 if asked == signal.SIGINT else 75
 
 
 class Interruption:

@@ -14,7 +14,7 @@ from megarlhf.parallel.collectives import largest_of_world
 from megarlhf.runs.agreement import RunError, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
-from megarlhf.runs.interruption import Interrupted, Interruption
+from megarlhf.runs.interruption import CLOCK, Interrupted, Interruption
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
 
@@ -60,8 +60,8 @@ class Stage:
 def run_stage(stage: Stage, run: Run) -> dict[str, float]:
     """Run a stage to its end, from the checkpoint that the run goes on from; returns the last evaluation's metrics.
 
-    The state after step n is saved as checkpoint n; metrics are logged under n. Interrupted, when a signal asked any rank to stop:
-    after the step that was under way, and with its state saved. RunError when the training has diverged.
+    The state after step n is saved as checkpoint n; metrics are logged under n. Interrupted, when a signal asked any rank to stop, or
+    the run's time is over: after the step that was under way, and with its state saved. RunError when the training has diverged.
     """
     start = _resume(stage, run)
     with Interruption() as interruption:
@@ -119,8 +119,8 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
                 _save(stage, run, done, best=best, last=last or bool(asked))
                 pace.saved()
             if asked and not last:
-                name = signal.Signals(asked).name
-                raise Interrupted(f"stopped by {name} after step {done} of {stage.total_steps}; start it again to go on", asked)
+                by = f"run.stop_after_minutes {run.config.stop_after_minutes:g}" if asked == CLOCK else signal.Signals(asked).name
+                raise Interrupted(f"stopped by {by} after step {done} of {stage.total_steps}; start it again to go on", asked)
     if wrong := [name for name, value in evaluation.items() if not math.isfinite(value)]:
         raise RunError(f"the last evaluation gave no finite number for {', '.join(wrong)}; see {run.dir}/metrics.jsonl")
     run.say(f"done: {run.dir}")
@@ -152,17 +152,22 @@ class _Pace:
         self._since = time.monotonic()
 
     def after_step(self) -> tuple[int, bool]:
-        """(number of the signal that any rank received, 0 for none; whether rank 0's clock says that a save is due).
+        """(number of the signal that any rank received, CLOCK where rank 0's says that the run's time is over, 0 for neither; whether
+        rank 0's clock says that a save is due).
 
         A checkpoint that every rank has written by now is finished here.
         """
-        minutes = self._run.config.save_minutes
-        due = self._run.is_writer and minutes is not None and time.monotonic() - self._since >= 60 * minutes
-        mine = [self._interruption.received, int(due), int(self._run.saving.is_writing)]
-        asked, due, writing = largest_of_world(mine, self._run.world)
+        config = self._run.config
+        due = self._is_over(config.save_minutes, since=self._since)
+        over = self._is_over(config.stop_after_minutes, since=self._run.started)
+        mine = [self._interruption.received, int(due), int(over), int(self._run.saving.is_writing)]
+        received, due, over, writing = largest_of_world(mine, self._run.world)
         if not writing:
             self._run.saving.finish()
-        return asked, bool(due)
+        return received or (CLOCK if over else 0), bool(due)
+
+    def _is_over(self, minutes: float | None, *, since: float) -> bool:
+        return self._run.is_writer and minutes is not None and time.monotonic() - since >= 60 * minutes
 
 
 def divergence(models: Mapping[str, TrainEngine], *, max_skipped_steps: int, last: bool) -> str | None:

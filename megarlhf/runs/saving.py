@@ -7,6 +7,7 @@ that follows each step anyway (runs/loop.py); until then it is a partial folder,
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 import threading
 import time
@@ -81,12 +82,13 @@ class Saving:
         since = time.monotonic()
         path = self._folder / f"step_{state['step']:08d}"
         part = checkpoint.own_part(models)
-        if no_room := on_rank_0(self._world, _make_room, path, sum_of_world(part.bytes, self._world)):
+        beside = self._in_background and not wait
+        needed, short_ranks = sum_of_world([part.bytes, int(beside and self._is_short_of_memory_for(part.bytes))], self._world)
+        if no_room := on_rank_0(self._world, _make_room, path, needed):
             return no_room
         described = {name: checkpoint.describe(engine) for name, engine in models.items()}
         self._writing = writing = _Writing(path, copy.deepcopy(state), described, best)
-        beside = self._in_background and not wait and _fits_beside(part.bytes, self._world)
-        if beside:
+        if beside := beside and not short_ranks:
             writing.thread = threading.Thread(target=writing.write, args=(part.on_host(), self._world.rank), daemon=True, name="saving")
             writing.thread.start()
         else:
@@ -115,6 +117,15 @@ class Saving:
         if self._writing is not None and self._writing.thread is not None:
             self._writing.thread.join()
 
+    @functools.cached_property
+    def _ranks_of_machine(self) -> int:
+        """How many ranks share a machine, at most; asked for first in a collective."""
+        return 1 + largest_of_world([self._world.local_rank], self._world)[0]
+
+    def _is_short_of_memory_for(self, num_bytes: int) -> bool:
+        """Whether copies as large as this rank's would take more than half of the memory that is free on its machine."""
+        return num_bytes * self._ranks_of_machine > free_host_memory() // 2
+
     def _give_name(self, writing: _Writing, parts: list[Part]) -> None:
         finish(writing.path, parts, writing.state, writing.models)
         self._after(writing.state["step"], writing.best)
@@ -130,9 +141,3 @@ def _make_room(path: Path, num_bytes: int) -> str | None:
         return f"{path} needs {num_bytes / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free"
     partial.mkdir()
     return None
-
-
-def _fits_beside(num_bytes: int, world: World) -> bool:
-    """Whether copies of its machine's ranks take at most half of the memory that is free there, on every machine; a collective."""
-    on_machine = 1 + largest_of_world([world.local_rank], world)[0]
-    return not largest_of_world([int(num_bytes * on_machine > free_host_memory() // 2)], world)[0]

@@ -326,6 +326,31 @@ def test_a_clock_saves_where_no_number_of_steps_does(recipe, ranks2, tmp_path):
     assert len(list((tmp_path / "other" / "checkpoints").iterdir())) == 1
 
 
+def check_clock(folder, tmp):
+    """Rank 0's clock is two minutes on after the second step; the other's stands still."""
+    from megarlhf.runs import loop
+    from megarlhf.trainers.pretrain import Pretraining
+
+    step, done, world = Pretraining.step, [], World.connect()
+
+    def counted(self, index):
+        done.append(index)
+        return step(self, index)
+
+    clock = mock.Mock(monotonic=lambda: time.monotonic() + (120 if len(done) == 2 and world.rank == 0 else 0))
+    with mock.patch.object(Pretraining, "step", counted), mock.patch.object(loop, "time", clock):
+        return started(folder / "base.yaml", f"run.dir={tmp / 'base'}", "run.stop_after_minutes=2")[1]
+
+
+def test_a_run_whose_time_is_over_saves_stops_and_goes_on(recipe, ranks2, tmp_path):
+    stopped = "Interrupted: stopped by run.stop_after_minutes 2 after step 2 of 4; start it again to go on"
+    assert ranks2.run(check_clock, recipe, tmp_path) == [stopped] * 2
+    assert [path.name for path in (tmp_path / "base" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert ranks2.run(check_clock, recipe, tmp_path) == [None] * 2, "it began anew, and its last two steps are within its time"
+    ranks2.run(check_stages, recipe, tmp_path, ["base"], [f"run.dir={tmp_path / 'whole'}"])
+    assert curves(tmp_path / "base") == curves(tmp_path / "whole")
+
+
 SCRIPT = """
 from megarlhf import cli
 cli.main({arguments})

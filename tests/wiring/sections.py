@@ -50,12 +50,14 @@ def run_cases(*, three, seed, seed_may="", evaluated="metrics/valid/*", peak):
     often = joined(three, "run.keep_checkpoints=9")
     each = joined(often, "run.save_every=1")
     broken = joined(three, f"{peak}=1.0e+38")
+    stopped = "stopped by run.stop_after_minutes 1e-06 after step 1 of 3"
     sinks = {"process/sinks": "('jsonl', 'tensorboard') offline"}
     online = {"process/sinks": "('jsonl', 'wandb') online"}
     return [
         Case("run.seed=2", seed, may=seed_may),
         Case("run.save_every=2", "files", base=often, may="process/saves"),
         Case("run.save_minutes=0", "files", base=often, may="process/saves"),
+        Case("run.stop_after_minutes=1.0e-6", "exit refused metrics/step", may=f"* {GONE}", base=three, says=stopped, exact={"exit": 75}),
         Case("run.keep_checkpoints=1", "files", base=joined(three, "run.save_every=1")),
         Case("run.keep_every=2", "files", base=joined(three, "run.save_every=1", "run.keep_checkpoints=1")),
         Case("run.save_in_background=False", "process/saves", base=each, exact={"process/saves": ("MainThread",) * 3}),
