@@ -28,6 +28,7 @@ import yaml
 from megarlhf.config.documentation import describe, keys_of
 from megarlhf.config.errors import ConfigError
 from megarlhf.config.fields import annotations_of, default_of, join, plain, sections_of, show, type_name, without_none, without_rules
+from megarlhf.config.rules import PathTo
 from megarlhf.config.yaml_tree import COMMAND_LINE, Dumper, read_yaml, with_overrides
 
 __all__ = ["ConfigError", "build_config", "check_config", "describe", "doubts", "dump_yaml", "load_config", "to_dict"]
@@ -44,14 +45,16 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) 
     An override's value is YAML: ``a.b=null``, ``a.b=[1, 2]``; setting into an optional section that is null creates it.
     Raises ConfigError with every unknown key, missing key, ill-typed value and broken rule.
     """
-    return build_config(cls, read_yaml(path) if path else {}, overrides, name=str(path) if path else "configuration")
+    if path is None:
+        return build_config(cls, {}, overrides, name="configuration")
+    return build_config(cls, read_yaml(path), overrides, name=str(path), here=str(Path(path).parent))
 
 
-def build_config(cls: type[C], tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str) -> C:
-    """`load_config` of a file's keys and values; `name` stands before what is wrong with them."""
+def build_config(cls: type[C], tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str, here: str | None = None) -> C:
+    """`load_config` of a file's keys and values; `name` stands before what is wrong with them, `here` is the file's folder."""
     problems: list[str] = []
     tree, overridden = with_overrides(tree, overrides, problems)
-    return _Builder(cls, name, overridden, problems).build(tree)
+    return _Builder(cls, name, overridden, problems, here).build(tree)
 
 
 def check_config(config: C) -> C:
@@ -81,8 +84,9 @@ def dump_yaml(config: Any) -> str:
 class _Builder:
     """Builds dataclasses out of plain values and collects everything that is wrong with them."""
 
-    def __init__(self, root: type, name: str, overridden: tuple[str, ...], problems: list[str]):
+    def __init__(self, root: type, name: str, overridden: tuple[str, ...], problems: list[str], here: str | None = None):
         self.root = root
+        self.here = here
         self.name = name
         self.overridden = overridden
         self.problems = problems
@@ -161,6 +165,8 @@ class _Builder:
                 raise ValueError(f"must be a finite number, got {value}")
             value = kind(value) if kind in (float, Path) else value
             for rule in rules:
+                if isinstance(rule, PathTo) and self.here is not None:
+                    value = value.replace("${HERE}", self.here)
                 value = rule.accept(value)
         except OverflowError:  # an integer that no float holds
             return self.refuse(path, f"{path} must be a finite number, got {show(value)}")

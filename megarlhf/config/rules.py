@@ -70,7 +70,10 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class PathTo:
-    """A path, with ``~`` and ``${NAME}`` put in; a relative one is seen from where the command is started."""
+    """A path, with ``~`` and ``${NAME}`` put in; a relative one is seen from where the command is started.
+
+    ``${HERE}``, the folder of the YAML file, is put in by the loader, which knows the file.
+    """
 
     what: Literal["file", "corpus", "run", "tokenizer", "output", "function"]
     """A file to read; the .bin and .idx files of a prefix; a run or checkpoint; a file or folder; a folder that is written; a file.py and
@@ -89,7 +92,6 @@ class PathTo:
     def __str__(self) -> str:
         named = {"corpus": "path without .bin and .idx", "function": "file.py:function", "output": "path of a folder"}
         return named.get(self.what, f"path of a {self.what}")
-
 
 
 def _variable(match: re.Match[str]) -> str:

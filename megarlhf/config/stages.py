@@ -41,7 +41,7 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = (), *, comman
         raise ConfigError(f"{path}: stage must be one of {', '.join(COMMANDS)}, got {show(stage)}{hint}")
     if command is not None and stage != command:
         raise ConfigError(f"{path}: stage is {stage}; run it with `megarlhf {stage}`, not `megarlhf {command}`")
-    config = build_config(COMMANDS[stage], tree, overrides, name=str(path))
+    config = build_config(COMMANDS[stage], tree, overrides, name=str(path), here=str(path.parent))
     if config.stage != stage:
         raise ConfigError(f"command line: stage: the file is for {stage}, and an override cannot make it one for {config.stage}")
     return config

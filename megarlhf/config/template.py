@@ -60,6 +60,7 @@ def template(command: str, *, every: bool) -> str:
     lines = [
         f"# {' '.join((COMMANDS[command].__doc__ or '').split())}",
         f"# Fill in what says so. Keys behind # have the value that they have by default; `megarlhf {command} --help-config` has all.",
+        "# In a path, ~ and ${NAME} of the environment are put in, and ${HERE} is the folder of this file.",
     ]
     for key in keys:
         if key.path == "stage":

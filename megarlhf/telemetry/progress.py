@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, a plain line now and then in a log."""
+"""How far a stage is: a bar on a terminal and in a notebook, a plain line now and then in a log."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 
 class Progress:
     """Progress of `description` over `total` steps, with the time left and a few metrics.
 
-    On a terminal it is a bar. Elsewhere it is a plain line for the first step, for the last, and at most every
-    `interval_seconds` between them, so that a log stays readable. With `enabled` False, as on every rank but one, it is
-    silent. `initial` steps, done before a resume, do not count towards the pace.
+    On a terminal it is a bar, and in a notebook, by its widgets where they are installed. Elsewhere it is a plain line for the
+    first step, for the last, and at most every `interval_seconds` between them, so that a log stays readable. With `enabled`
+    False, as on every rank but one, it is silent. `initial` steps, done before a resume, do not count towards the pace.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class Progress:
         self._start, self._printed = clock(), None
         self._done = initial
         self._bar = None
-        if enabled and self._stream.isatty():
+        in_notebook = "ipykernel" in sys.modules  # whose stderr is no terminal
+        if enabled and (self._stream.isatty() or in_notebook):
             self._bar = tqdm(desc=description, total=total, initial=initial, file=self._stream, dynamic_ncols=True)
 
     def update(self, metrics: Mapping[str, float] | None = None, *, steps: int = 1) -> None:

@@ -6,8 +6,10 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
@@ -32,14 +34,20 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object per step: "stage", "step", and the metrics by their flat names; see `JsonLines` for non-finite numbers."""
+    """One JSON object per step: "stage", "step", "time" (UTC, when it was logged), and the metrics by their flat names.
 
-    def __init__(self, path: Path) -> None:
+    See `JsonLines` for non-finite numbers.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """Args: clock: seconds since 1970, UTC."""
         self._lines = JsonLines(path)
+        self._clock = clock
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line and flush it."""
-        self._lines.append(stage, step, values)
+        now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._lines.append(stage, step, {"time": now, **values})
 
     def truncate_after(self, stage: str, step: int) -> None:
         """Drop the lines of `stage` later than `step`, atomically."""

@@ -197,6 +197,6 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def curves(run: Path) -> list[dict]:
-    """The metrics of every step of a run, without those of its costs, which another layout changes."""
-    costs = ("time/", "throughput/", "memory/")
+    """The metrics of every step of a run, without those of its costs, which another layout changes, and without the hour."""
+    costs = ("time", "throughput/", "memory/")
     return [{name: value for name, value in line.items() if not name.startswith(costs)} for line in lines_of(run / "metrics.jsonl")]

@@ -9,6 +9,7 @@ import pytest
 
 from megarlhf import cli
 from megarlhf.api import stages
+from megarlhf.config import load_stage_config
 from megarlhf.config.documentation import keys_of
 from megarlhf.config.fields import without_none, without_rules
 from megarlhf.config.rules import PathTo
@@ -175,6 +176,16 @@ def test_paths_are_put_in_where_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", "some/where")
     assert PathTo("file").accept("~/${DATA}/x.jsonl") == f"{tmp_path}/some/where/x.jsonl"
     assert PathTo("file").accept("a/~/b$DATA") == "a/~/b$DATA", "only a path that begins with ~, only ${NAME}"
+
+
+def test_here_is_the_folder_of_the_file(yaml, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub" / "run.yaml"
+    file.write_text(YAML.replace("r.jsonl", "${HERE}/../r.jsonl"))
+    monkeypatch.setenv("HERE", "elsewhere")
+    config = load_stage_config("sub/run.yaml", ["run.dir=${HERE}/x", "tokenizer.eos_token=${HERE}"])
+    assert (config.data.train, config.run.dir, config.tokenizer.eos_token) == ("sub/../r.jsonl", "sub/x", "${HERE}")
+    assert load_stage_config(file).data.train == f"{tmp_path}/sub/../r.jsonl"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -98,10 +98,13 @@ def test_timers_do_not_count_a_phase_that_fails():
 
 def test_jsonl_lines_are_standard_json_and_flushed(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlSink(path, clock=lambda: 86400.5)
     sink.write("ppo", 1, {"reward": 0.5, "loss": math.nan, "kl": -math.inf})
     assert records(path) == [
-        {"stage": "ppo", "step": 1, "reward": 0.5, "loss": None, "kl": None, "nonfinite": {"loss": "nan", "kl": "-inf"}}
+        {
+            "stage": "ppo", "step": 1, "time": "1970-01-02T00:00:00.500Z", "reward": 0.5,
+            "loss": None, "kl": None, "nonfinite": {"loss": "nan", "kl": "-inf"},
+        }  # fmt: skip
     ]
     sink.close()
 
@@ -112,17 +115,17 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_would(tmp_path):
             sink.write(stage, step, {"loss": 1 / step})
 
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    sink = JsonlSink(whole)
+    sink = JsonlSink(whole, clock=lambda: 0.0)
     write(sink, "sft", range(1, 6))
     write(sink, "ppo", range(1, 6))
 
-    sink = JsonlSink(resumed)
+    sink = JsonlSink(resumed, clock=lambda: 0.0)
     write(sink, "sft", range(1, 6))
     write(sink, "ppo", range(1, 4))
     sink.close()
     with resumed.open("a") as file:
         file.write('{"stage": "ppo", "st')  # killed while writing
-    sink = JsonlSink(resumed)
+    sink = JsonlSink(resumed, clock=lambda: 0.0)
     sink.truncate_after("ppo", 2)
     sink.truncate_after("ppo", 2)
     write(sink, "ppo", range(3, 6))

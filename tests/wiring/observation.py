@@ -40,7 +40,7 @@ from megarlhf.runs import folder as run_folder
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.models import ModelPlanner
 
-COSTS = re.compile(r"metrics/(time|memory)/|_per_second$")
+COSTS = re.compile(r"metrics/(time|memory)(/|$)|_per_second$")
 FICKLE_LINES = re.compile(r"passed, .* left|\] step \d+: |warn|^\s*$")
 KEPT_STATE = ("cursors", "sources", "fingerprints")
 
