@@ -81,6 +81,10 @@ class RunConfig:
     """The checkpoint to go on from: the newest, refused where it is damaged; or the newest whose files are what was written."""
     max_skipped_steps: Count = 10
     """Steps in a row without finite gradients after which the run stops; those by which fp16 finds its loss scale do not count."""
+    alert_deviations: Annotated[float, Range(1, 1e6)] | None = 8.0
+    """A loss or KL so many robust deviations above the median of those before raises an alert metric and a line; null: none does."""
+    alert_window: Annotated[int, Range(2, 10**5)] = 50
+    """Steps (PPO: iterations) before that alerts are measured by; there is none before so many."""
     eval_every: CountOrNone = 0
     """Steps (PPO: iterations) between evaluations on validation data; 0 evaluates at the end only."""
     sinks: tuple[Literal["jsonl", "wandb", "tensorboard"], ...] = ("jsonl",)

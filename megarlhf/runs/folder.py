@@ -54,6 +54,7 @@ class Run:
         """When: what run.stop_after_minutes counts from."""
         self.stage = config.stage
         self.config = config.run
+        self.tokenizer = config.tokenizer
         self.world = world
         self.dir = Path(config.run.dir)
         self.fingerprints: dict[str, str] = {}
@@ -145,7 +146,16 @@ class Run:
         for callback in self._callbacks:
             callback(step, dict(metrics))
 
-    def save(self, step: int, models: Mapping[str, TrainEngine], cursors: dict, *, best: bool = False, last: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        models: Mapping[str, TrainEngine],
+        cursors: dict,
+        *,
+        alerts: Mapping[str, Sequence[float]],
+        best: bool = False,
+        last: bool = False,
+    ) -> None:
         """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.
 
         With run.save_in_background it is written beside the steps that follow, and `saving.finish` is for the caller to call; not
@@ -157,6 +167,7 @@ class Run:
             "run": self.id,
             "step": step,
             "cursors": cursors,
+            "alerts": alerts,
             "config": to_dict(self._whole),
             "sources": self.sources,
             "fingerprints": self.fingerprints,

@@ -15,6 +15,7 @@ from megarlhf.runs.agreement import RunError, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
 from megarlhf.runs.interruption import CLOCK, Interrupted, Interruption
+from megarlhf.telemetry.alerts import Alerts
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
 
@@ -93,12 +94,15 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
     run.introduce(stage.notes)
     run.open_logs(start)
     evaluation: dict[str, float] = {}
-    pace = _Pace(run, interruption)
+    pace, alerts = _Pace(run, interruption), Alerts(deviations=run.config.alert_deviations, window=run.config.alert_window)
+    if run.resumed is not None:
+        alerts.load_state_dict(run.resumed.state.get("alerts", {}))
     with Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer) as progress:
         for number in range(start, stage.total_steps):
             done, last, best = number + 1, number + 1 == stage.total_steps, False
             run.world.alarm.doing = f"step {done}"
             metrics = stage.step(number)
+            metrics |= _alerts_of(metrics, alerts, run, done)
             if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):
                 run.log(done, metrics)
                 raise RunError(f"step {done}: {diverged}; nothing is saved of it, {_where_it_stands(run)}")
@@ -116,7 +120,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
             stage.samples = ()
             progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
             if last or best or asked or save_now or _due(done, run.config.save_every):
-                _save(stage, run, done, best=best, last=last or bool(asked))
+                _save(stage, run, done, alerts, best=best, last=last or bool(asked))
                 pace.saved()
             if asked and not last:
                 by = f"run.stop_after_minutes {run.config.stop_after_minutes:g}" if asked == CLOCK else signal.Signals(asked).name
@@ -127,16 +131,23 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
     return evaluation
 
 
+def _alerts_of(metrics: Mapping[str, float], alerts: Alerts, run: Run, done: int) -> dict[str, float]:
+    found, lines = alerts.look(metrics)
+    for line in lines:
+        run.say(f"step {done}: alert: {line}")
+    return found
+
+
 def _say_evaluation(run: Run, done: int, evaluation: Mapping[str, float], best: bool) -> None:
     if evaluation:
         run.say(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in evaluation.items())}{' (best)' if best else ''}")
 
 
-def _save(stage: Stage, run: Run, done: int, *, best: bool, last: bool) -> None:
+def _save(stage: Stage, run: Run, done: int, alerts: Alerts, *, best: bool, last: bool) -> None:
     """Save what is finite, as it is now."""
     if broken := [name for name, engine in stage.models.items() if not engine.weights_are_finite()]:
         raise RunError(f"step {done}: the weights of {', '.join(broken)} are not finite; they are not saved, {_where_it_stands(run)}")
-    run.save(done, stage.models, stage.state_dict(), best=best, last=last)
+    run.save(done, stage.models, stage.state_dict(), alerts=alerts.state_dict(), best=best, last=last)
 
 
 class _Pace:

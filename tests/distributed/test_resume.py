@@ -351,6 +351,24 @@ def test_a_run_whose_time_is_over_saves_stops_and_goes_on(recipe, ranks2, tmp_pa
     assert curves(tmp_path / "base") == curves(tmp_path / "whole")
 
 
+def check_alerts(folder, tmp):
+    """A loss that jumps in the last step, with a resume before it; what was said then, and each step's alerts."""
+    from megarlhf.trainers.pretrain import Pretraining
+
+    step, losses = Pretraining.step, (1.0, 1.1, 1.2, 9.0)
+    at = [f"run.dir={tmp / 'base'}", "run.alert_window=3", "run.save_every=1"]
+    with mock.patch.object(Pretraining, "step", lambda self, number: step(self, number) | {"model/loss": losses[number]}):
+        assert started(folder / "base.yaml", *at, stop_before=3)[1] is None
+        printed = started(folder / "base.yaml", *at)[0]
+    return printed, [line["alert/loss"] for line in curves(tmp / "base")]
+
+
+def test_an_alert_is_measured_by_what_was_before_a_resume(recipe, ranks1, tmp_path):
+    printed, alerts = ranks1.run(check_alerts, recipe, tmp_path)[0]
+    assert alerts == [0, 0, 0, 1]
+    assert "step 4: alert: model/loss 9 is 53.3 deviations above 1.1, the median of the 3 before" in printed
+
+
 SCRIPT = """
 from megarlhf import cli
 cli.main({arguments})

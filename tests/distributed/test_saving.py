@@ -2,6 +2,8 @@
 
 import errno
 import filecmp
+import shutil
+import subprocess
 import threading
 from unittest import mock
 
@@ -111,3 +113,82 @@ def check_little_memory(folder, tmp, free):
 def test_where_memory_is_short_the_training_waits(recipe, ranks2, tmp_path):
     assert ranks2.run(check_little_memory, recipe, tmp_path, 1000) == [[True] * 5] * 2
     assert ranks2.run(check_little_memory, recipe, tmp_path, 2**40) == [[False] * 4 + [True]] * 2
+
+
+# Real disks that are full or read-only: a small one in memory, where this user may mount one
+
+
+def mount(path, options):
+    """Mount a disk in memory at `path`; the test is left out where that is refused."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is refused here")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder whose disk holds one checkpoint of the run, and half of another."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount(path, "size=1300k")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def saved_steps(disk):
+    return sorted(path.name for path in (disk / "base" / "checkpoints").iterdir())
+
+
+def check_full(folder, disk, seen):
+    """A run that saves after every step. Where the fullness is not `seen` beforehand it comes while the file is written."""
+    usage = shutil.disk_usage if seen else lambda path: mock.Mock(free=2**40)
+    with mock.patch.object(saving.shutil, "disk_usage", usage):
+        return started(folder / "base.yaml", f"run.dir={disk / 'base'}", "run.save_every=1")[:2]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_on_a_full_disk_the_checkpoint_before_stays_and_is_gone_on_from(recipe, ranks2, disk, seen):
+    (printed, refused), (_, other) = ranks2.run(check_full, recipe, disk, seen)
+    assert refused == other
+    if seen:
+        assert printed.count("it is not written, and training goes on") == 2 and "step_00000004 needs" in refused
+        assert saved_steps(disk) == ["step_00000001"]
+    else:
+        assert "the checkpoint of step 2 cannot be written: " in refused and "No space left on device" in refused
+        assert saved_steps(disk) == ["step_00000001", "step_00000002.partial"]
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    (printed, refused), _ = ranks2.run(check_full, recipe, disk, True)
+    assert refused is None and "going on from" in printed and "step_00000001\n" in printed
+    assert [line["step"] for line in curves(disk / "base")] == [1, 2, 3, 4]
+
+
+def check_read_only(folder, tmp):
+    """The folder of checkpoints becomes read-only in the second step."""
+    from megarlhf.trainers.pretrain import Pretraining
+
+    step, world, checkpoints = Pretraining.step, World.connect(), tmp / "base" / "checkpoints"
+
+    def locked(self, number):
+        if number == 1 and world.rank == 0:
+            mount(checkpoints, "ro")
+        return step(self, number)
+
+    with mock.patch.object(Pretraining, "step", locked):
+        refused = started(folder / "base.yaml", f"run.dir={tmp / 'base'}", "run.save_every=1", "run.save_in_background=false")[1]
+    world.barrier()
+    if world.rank == 0:
+        subprocess.run(["umount", str(checkpoints)], check=True)
+    world.barrier()
+    return refused, started(folder / "base.yaml", f"run.dir={tmp / 'base'}")[1]
+
+
+def check_start(folder, where):
+    return started(folder / "base.yaml", f"run.dir={where}")[1]
+
+
+def test_a_folder_that_is_or_becomes_read_only_is_named(recipe, ranks2, disk, tmp_path):
+    for refused, again in ranks2.run(check_read_only, recipe, tmp_path):
+        assert "step_00000002.partial: Read-only file system" in refused and again is None
+    assert [line["step"] for line in curves(tmp_path / "base")] == [1, 2, 3, 4]
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for refused in ranks2.run(check_start, recipe, disk / "run"):
+        assert refused.startswith(f"ConfigError: run.dir: {disk / 'run'}: Read-only file system")

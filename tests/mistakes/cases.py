@@ -133,6 +133,8 @@ VALUES = [
     ("sft", "run.save_minutes=-1", "run.save_minutes must be at least 0, got -1"),
     ("sft", "run.stop_after_minutes=0", "run.stop_after_minutes must be above 0, got 0"),
     ("pretrain", "run.stop_after_minutes=3h50m", 'run.stop_after_minutes: expected float or null, got "3h50m"'),
+    ("sft", "run.alert_deviations=0.5", "run.alert_deviations must be at least 1, got 0.5"),
+    ("sft", "run.alert_window=1", "run.alert_window must be at least 2, got 1"),
     ("sft", "run.max_skipped_steps=0", "run.max_skipped_steps must be at least 1, got 0"),
     ("sft", "run.resume=newst", 'got "newst"; did you mean "newest"?'),
 ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 
+from megarlhf.telemetry.alerts import Alerts
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
 from megarlhf.telemetry.samples import SampleLog
@@ -317,3 +320,46 @@ def test_tables_align_numbers_right_and_text_left():
         "policy          0.5  12",
         "reference         -   3",
     ]
+
+
+# Alerts
+
+
+def raised(values, *, name="model/loss", deviations=8.0, window=50, resumed_every=0):
+    """The numbers of the values that raise an alert."""
+    alerts, found = Alerts(deviations=deviations, window=window), []
+    for number, value in enumerate(values):
+        if resumed_every and number % resumed_every == 0:
+            state = json.loads(json.dumps(alerts.state_dict()))
+            alerts = Alerts(deviations=deviations, window=window)
+            alerts.load_state_dict(state)
+        metrics, lines = alerts.look({name: value, "valid/reward_mean": 1e9 * number, "time/step_seconds": math.inf})
+        assert sum(metrics.values()) == len(lines)
+        found += [number] if lines else []
+    return found
+
+
+def test_an_alert_is_what_the_rule_says_and_a_resume_changes_none():
+    numbers = random.Random(0)
+    values = [3 + numbers.gauss(0, 0.2) * (10 if numbers.random() < 0.1 else 1) for _ in range(300)]
+    wanted = []
+    for number in range(20, 300):
+        before = np.array(values[number - 20 : number])
+        deviation = max(1.4826 * np.median(abs(before - np.median(before))), 0.01 * abs(np.median(before)))
+        wanted += [number] if values[number] - np.median(before) > 4 * deviation else []
+    assert 5 < len(wanted) < 40
+    for every in (0, 1, 7):
+        assert raised(values, deviations=4.0, window=20, resumed_every=every) == wanted
+
+
+def test_what_stands_out_and_what_does_not():
+    noise = random.Random(1)
+    normal = [math.exp(-n / 200) * 4 + 1 + noise.gauss(0, 0.05) for n in range(2000)]
+    assert raised(normal) == [], "a loss that falls, with noise"
+    assert raised([0.1 * n + noise.gauss(0, 0.05) for n in range(500)], name="rollout/kl") == [], "a KL that rises steadily"
+    assert raised([*normal[:100], 3 * normal[99], *normal[100:200]]) == [100], "one spike, and none after it"
+    doubling = [0.5 + noise.gauss(0, 0.1) for _ in range(60)] + [2.0**n for n in range(8)]
+    assert raised(doubling, name="rollout/kl")[:3] == [61, 62, 63], "a KL that doubles"
+    assert raised([2.0] * 60 + [2.1, 2.0, 2.2]) == [62], "without noise a twelfth is measured by 1 % of the median"
+    assert raised([1.0, math.nan, math.inf, 1.0]) == [1, 2]
+    assert raised([*normal[:100], 99.0], deviations=None) == [] == raised([*normal[:100], 99.0], name="valid/reward_mean")

@@ -14,7 +14,7 @@ and, because no file tells, seen in the program itself as it runs:
     passes/<role>            [rows, width] of every micro-batch of every pass
     steps/<role>/<term>/...  of every optimizer step: rows, tokens, weight and loss of each term; steps/<role>/rate
     answers/...              [rows, width] of every batch of prompts that were answered, and in what layout for what purpose
-    process/...              threads, time-out, sinks; "process/saves": the thread that wrote each checkpoint
+    process/...              threads, time-out, sinks, how alerts are raised; "process/saves": the thread that wrote each checkpoint
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from megarlhf.evaluation import responses
 from megarlhf.generation.generator import Generator
 from megarlhf.parallel.groups import World
 from megarlhf.runs import folder as run_folder
+from megarlhf.runs import loop as run_loop
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.models import ModelPlanner
 
@@ -181,11 +182,15 @@ def watched(seen):
         seen["process/sinks"] = f"{kinds} {how['wandb_mode']}"
         return unwatched_sinks([kind for kind in kinds if kind == "jsonl"], run_dir, **how)
 
+    def alerts(*, deviations, window):
+        seen["process/alerts"] = f"{deviations} deviations, window {window}"
+        return unwatched_alerts(deviations=deviations, window=window)
+
     def write(part, path, rank):
         add("process/saves", threading.current_thread().name)
         return unwatched_write(part, path, rank)
 
-    unwatched_write = OwnPart.write
+    unwatched_write, unwatched_alerts = OwnPart.write, run_loop.Alerts
     unwatched_step, unwatched_answer, unwatched_generate = TrainEngine.step, Generator._answer, responses.generate
     unwatched_connect, unwatched_sinks = World.connect, run_folder.make_sinks
     from megarlhf.trainers import ppo
@@ -202,6 +207,7 @@ def watched(seen):
             (ppo, "generate", generate),
             (World, "connect", staticmethod(connect)),
             (run_folder, "make_sinks", make_sinks),
+            (run_loop, "Alerts", alerts),
             (OwnPart, "write", write),
         ):
             stack.enter_context(mock.patch.object(owner, name, watching))
