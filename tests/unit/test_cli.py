@@ -144,6 +144,7 @@ print(f"\\nstatus {status}, imported {sorted(heavy)}", file=sys.stderr)
         ("--version", 0, ""),
         ("ppo --help", 0, ""),
         ("ppo --help-config", 0, ""),
+        ("init ppo --all", 0, ""),
         ("reward --config missing.yaml", 2, "missing.yaml: there is no such file"),
         ("reward --config {yaml} batch_size=0", 2, "batch_size must be at least 1"),
         ("reward --config {yaml} data.train=gone.jsonl", 2, "data.train: there is no file gone.jsonl"),
