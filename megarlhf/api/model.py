@@ -80,6 +80,7 @@ class Model:
         ValueError where a prompt leaves no room in the model's context, or the model is a reward model.
         """
         self._require("lm")
+        _require_list("prompts", prompts)
         rows = [PromptRow(array("i", self._prompt_ids(f"prompt {i}", prompt)), "") for i, prompt in enumerate(prompts)]
         if not rows:
             return []
@@ -105,9 +106,14 @@ class Model:
         batch = self._batch(prompts, responses)
         return self.engine.scores(batch).tolist() if batch else []
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has been let go of."""
+        return self.engine is None
+
     def close(self) -> None:
         """Let go of the weights and of the process group; safe to call again."""
-        if self.engine is not None:
+        if not self.is_closed:
             self.engine = None
             leave(self._world)
 
@@ -118,8 +124,8 @@ class Model:
         self.close()
 
     def _require(self, head: Head) -> None:
-        if self.engine is None:
-            raise ValueError("this model is closed; open it again with Model.of_run")
+        if self.is_closed:
+            raise ValueError("this model is closed: take the run's policy or reward_model again")
         if self.engine.spec.head != head:
             raise ValueError(f"this is {_KINDS[self.engine.spec.head]}, and {_KINDS[head]} is needed")
 
@@ -128,6 +134,8 @@ class Model:
 
     def _batch(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> TextBatch | None:
         """Prompts with their responses, the responses in the loss mask."""
+        _require_list("prompts", prompts)
+        _require_list("responses", responses)
         if len(prompts) != len(responses):
             raise ValueError(f"there are {len(prompts)} prompts and {len(responses)} responses: each response needs its prompt")
         rows = [self._row(f"pair {i}", *pair) for i, pair in enumerate(zip(prompts, responses, strict=True))]
@@ -153,6 +161,11 @@ def _built(config: StageConfig, section: ModelConfig, spec: ModelSpec, world: Wo
     parallel = section.parallel or config.parallel
     layout = world.layout(tp=parallel.tp, pp=parallel.pp, virtual_pp=parallel.virtual_pp, sequence_parallel=parallel.sequence_parallel)
     return FrozenEngine(spec, world.groups(layout), micro_batch_size=section.micro_batch_size)
+
+
+def _require_list(what: str, texts: object) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"{what} is one text, {texts[:40]!r}; give a list of texts")
 
 
 def _read(source: str, prompt: Prompt) -> str | Messages:

@@ -6,10 +6,9 @@ import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megarlhf.config import COMMANDS, ConfigError, check_config, doubts, load_stage_config
 from megarlhf.config.dpo import DpoConfig
@@ -53,26 +52,29 @@ class FinishedRun:
     """As it was run: with ~ and ${NAME} put into its paths."""
     metrics: dict[str, float]
     """Of the last evaluation; empty where the run was complete before."""
+    _open: dict[str, Model] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def dir(self) -> Path:
         """Its folder: metrics.jsonl, checkpoints/, responses.jsonl (docs/runs.md)."""
         return Path(self.config.run.dir)
 
-    @cached_property
+    @property
     def policy(self) -> Model:
-        """The language model that the run ended with, read from its checkpoint when it is first asked for: see `Model.of_run`."""
+        """The language model that the run ended with, read from its checkpoint where it is not open: see `Model.of_run`."""
         return self._model("lm")
 
-    @cached_property
+    @property
     def reward_model(self) -> Model:
         """The same of a reward model."""
         return self._model("scalar")
 
-    def _model(self, head: str) -> Model:
+    def _model(self, head: Literal["lm", "scalar"]) -> Model:
         from megarlhf.api.model import Model
 
-        return Model.of_run(self.config, head)
+        if head not in self._open or self._open[head].is_closed:
+            self._open[head] = Model.of_run(self.config, head)
+        return self._open[head]
 
 
 def load(command: str, path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
@@ -126,7 +128,7 @@ def run(config: C, expected: type[C], *, callbacks: Sequence[Callback] = (), fre
     """
     if not isinstance(config, expected):
         raise TypeError(f"expected a {expected.__name__}, got {type(config).__name__}: megarlhf.load(command, path) reads one from YAML")
-    config, place = check_config(config), place_in_run()
+    config, place, callbacks = check_config(config), place_in_run(), tuple(callbacks)
     problems = problems_of(config, place)
     if problems and place.size == 1:
         raise ConfigError("\n".join(problems))

@@ -1,6 +1,7 @@
 """docs/api.md as a program, and what it promises of the functions it shows."""
 
 import builtins
+import contextlib
 import json
 import re
 import subprocess
@@ -57,8 +58,8 @@ def test_a_policy_says_what_the_commands_say(page):
     written = lines_of(folder / "runs" / "answers" / "responses.jsonl")
     with names["answers"].policy as policy:
         assert policy.generate(prompts) == [line["response"] for line in written]
-    again = megarlhf.api.model.Model.of_run(names["ppo"].config, "lm")
-    other = megarlhf.api.model.Model.of_run(names["sft"].config, "lm")  # two at a time
+    again, other = names["ppo"].policy, names["sft"].policy  # two at a time
+    assert again is names["ppo"].policy
     assert again.generate(prompts, sampling=SamplingConfig(max_new_tokens=12), seed=1) == [line["response"] for line in written]
     again.close()
     demonstrations = lines_of(folder / "demonstrations_valid.jsonl")
@@ -69,6 +70,8 @@ def test_a_policy_says_what_the_commands_say(page):
     for call, said in {
         lambda: other.generate(["word " * 60]): r"^a prompt of \d+ tokens leaves no room in a context of 48$",
         lambda: other.logprobs(["a"], ["word " * 60]): r"^pair 0 has \d+ tokens with its EOS, and the model's context has 48",
+        lambda: other.generate("word"): "^prompts is one text, 'word'; give a list",
+        lambda: other.logprobs(["a"], "b"): "^responses is one text",
         lambda: other.logprobs(["a", "b"], ["c"]): "^there are 2 prompts and 1 responses",
         lambda: other.logprobs([""], ["c"]): "^pair 0: empty",
         lambda: other.scores(["a"], ["b"]): "^this is a language model, and a reward model is needed",
@@ -102,6 +105,32 @@ def test_a_run_that_a_callback_ends_goes_on_with_the_next_call(page):
     with pytest.raises(megarlhf.ConfigError, match="--fresh"):
         megarlhf.dpo(megarlhf.load("dpo", "dpo.yaml", overrides), fresh=True)
     assert megarlhf.dpo(done.config).metrics == {}  # complete
+
+
+def check_on_ranks(folder, prompts):
+    """Two runs and their models one after another, as a script under torchrun has them."""
+    with contextlib.chdir(folder):
+        seen = []
+        overrides = ["run.dir=runs/two", "batch_size=6", "dpo.beta=0.2", "parallel.tp=2"]
+        dpo = megarlhf.dpo(megarlhf.load("dpo", "dpo.yaml", overrides), callbacks=[lambda step, metrics: seen.append(metrics["dpo/loss"])])
+        with dpo.policy as policy:
+            responses = policy.generate(prompts, sampling=SamplingConfig(max_new_tokens=12))
+            logprobs = policy.logprobs(prompts, responses)
+        complete = megarlhf.dpo(dpo.config)
+        with pytest.raises(megarlhf.ConfigError, match="there is no file none.jsonl"):
+            megarlhf.dpo(megarlhf.load("dpo", "dpo.yaml", ["run.dir=runs/three", "data.train=none.jsonl"]))
+    return seen, responses, logprobs, complete.metrics
+
+
+def test_several_ranks_give_what_one_gives(page, ranks2):
+    folder, names, _ = page
+    prompts = ["word?\n", "two?\n", "pair?\n"]
+    (seen, responses, logprobs, complete), other = ranks2.run(check_on_ranks, folder, prompts)
+    assert (seen, responses, complete) == (other[0], other[1], {}) and all(map(torch.equal, logprobs, other[2]))
+    assert seen == pytest.approx([line["dpo/loss"] for line in curves(folder / "runs" / "dpo")], rel=1e-5)
+    with names["dpo"].policy as policy:
+        assert policy.generate(prompts, sampling=SamplingConfig(max_new_tokens=12)) == responses
+        torch.testing.assert_close(policy.logprobs(prompts, responses), logprobs, rtol=0, atol=1e-4)
 
 
 def test_what_was_written_wrong_is_raised_before_torch_runs(tmp_path):

@@ -144,6 +144,7 @@ print(f"\\nstatus {status}, imported {sorted(heavy)}", file=sys.stderr)
         ("--version", 0, ""),
         ("ppo --help", 0, ""),
         ("ppo --help-config", 0, ""),
+        ("init ppo --all", 0, ""),
         ("reward --config missing.yaml", 2, "missing.yaml: there is no such file"),
         ("reward --config {yaml} batch_size=0", 2, "batch_size must be at least 1"),
         ("reward --config {yaml} data.train=gone.jsonl", 2, "data.train: there is no file gone.jsonl"),
@@ -181,7 +182,7 @@ def test_paths_are_put_in_where_they_are_read(tmp_path, monkeypatch):
 def test_here_is_the_folder_of_the_file(yaml, tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     file = tmp_path / "sub" / "run.yaml"
-    file.write_text(YAML.replace("r.jsonl", "${HERE}/../r.jsonl"))
+    file.write_text(YAML.replace("r.jsonl", "'${HERE}/../r.jsonl'"))
     monkeypatch.setenv("HERE", "elsewhere")
     config = load_stage_config("sub/run.yaml", ["run.dir=${HERE}/x", "tokenizer.eos_token=${HERE}"])
     assert (config.data.train, config.run.dir, config.tokenizer.eos_token) == ("sub/../r.jsonl", "sub/x", "${HERE}")
