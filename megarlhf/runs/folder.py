@@ -2,6 +2,7 @@
 
     run.json       the run's id and stage: what makes it this run
     config.yaml    the resolved configuration, for people
+    environment.json  what it was last started on, for people
     metrics.jsonl, samples.jsonl, ...
     checkpoints/   step_00000010/ ..., and best.json where validation chose one
     lock           held by the process that works here
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 import uuid
@@ -26,6 +28,7 @@ from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
+from megarlhf.runs.environment import ENVIRONMENT_FILE, environment
 from megarlhf.runs.lock import LOCK_FILE, FolderLock
 from megarlhf.runs.resume import config_changes
 from megarlhf.runs.saving import Saving
@@ -217,6 +220,7 @@ class Run:
             self._lock = self._lock or FolderLock(self.dir)
             write_atomically(self.dir / RUN_FILE, f'{{"id": "{self.id}", "stage": "{self.stage}"}}\n')
             write_atomically(self.dir / CONFIG_FILE, dump_yaml(self._whole))
+            write_atomically(self.dir / ENVIRONMENT_FILE, json.dumps(environment(self.world), indent=1) + "\n")
 
     def _open_logs(self, step: int) -> None:
         self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode)

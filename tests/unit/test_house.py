@@ -27,7 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers", "conversion", "preparation"),
-    ("planning", "doctor"),
+    ("planning", "doctor", "report"),
     ("failures", "api"),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,1 @@
+"""`megarlhf report`: run folders as one page for people (docs/report.md)."""
