@@ -27,6 +27,7 @@ DEFAULT_TIMEOUT_MINUTES = 30.0
 TOOLS = {
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
     "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
+    "replay": ("megarlhf.runs.replay", "take a step again whose loss or gradients were not finite, and say where that begins"),
     "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),
 }
 """Commands that are no stage: the module whose `main` runs the words after its name, and what it does."""
