@@ -119,7 +119,7 @@ def load(saved: Saved, models: Mapping[str, TrainEngine]) -> None:
         engine.optimizer.restore(moments, updates=described["adam_steps"])
         engine.optimizer.publish_masters()
         if described["grad_scaler"] is not None and engine.optimizer.megatron.grad_scaler is not None:
-            _restore_grad_scaler(engine.optimizer, described["grad_scaler"])
+            restore_grad_scaler(engine.optimizer, described["grad_scaler"])
 
 
 @torch.no_grad()
@@ -186,7 +186,8 @@ def _piece(shard: Shard, start: int, stop: int) -> Piece:
     return Piece(shard.spec.shape, shard.dim, tuple((part.start, part.size) for part in shard.slices), start, stop)
 
 
-def _restore_grad_scaler(optimizer: Optimizer, values: dict[str, float]) -> None:
+def restore_grad_scaler(optimizer: Optimizer, values: dict[str, float]) -> None:
+    """Set fp16's loss scale, and its counts of good and bad steps."""
     scaler = optimizer.megatron.grad_scaler  # its own load_state_dict insists on a CUDA device
     scaler._scale.fill_(values["scale"])
     scaler._growth_tracker = int(values["growth_tracker"])

@@ -53,6 +53,8 @@ class UpdateResult:
     """Global L2 norm before clipping; not finite where the step was skipped for that."""
     skipped: bool
     """The gradients were not finite: no weight changed."""
+    loss_scale_used: float
+    """What these gradients were computed with."""
     loss_scale: float
     """From here on."""
     searching_loss_scale: bool
@@ -148,6 +150,7 @@ class Optimizer:
         result = UpdateResult(
             grad_norm=norm,
             skipped=skipped,
+            loss_scale_used=scale,
             loss_scale=scale_now,
             searching_loss_scale=scale_now < scale,
             consecutive_skips=self.consecutive_skips,

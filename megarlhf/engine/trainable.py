@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,18 @@ class StepResult(UpdateResult):
     """The same with each row padded to the longest of its micro-batch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BadStep:
+    """An optimizer step whose loss or gradients were not finite, for no want of a loss scale: what it was given."""
+
+    terms: Sequence[Term]
+    steps: int
+    """Optimizer steps taken or skipped before it: the key of its dropout."""
+    updates: int
+    """Updates made before it: what tells whether weights are those that it saw."""
+    loss_scale: float
+
+
 @dataclass(frozen=True)
 class _Piece:
     term: Term
@@ -59,6 +72,8 @@ class TrainEngine(Engine):
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
+        self.bad_step: BadStep | None = None
+        """The first step since the caller last took it whose loss or gradients were not finite."""
         self.optimizer = Optimizer(self.transformers, spec, groups, adam)
         self.chunks = self.optimizer.chunks
         self.ema: ExponentialMovingAverage | None = None
@@ -114,8 +129,9 @@ class TrainEngine(Engine):
         self.optimizer.zero_grad()
         run_schedule(self.chunks, self.groups, [_tokens(piece) for piece in pieces], compute, backward=True)
         update = self.optimizer.step(learning_rate)
-        self.steps += 1
         losses, stats = self._summed(terms, totals)
+        self._note_bad_step(terms, losses, update)
+        self.steps += 1
         return StepResult(
             **vars(update),
             losses=losses,
@@ -123,6 +139,12 @@ class TrainEngine(Engine):
             tokens=sum(int(term.batch.lengths.sum()) for term in terms),
             positions=sum(padded_positions(term.batch, self._shares(term)) for term in terms),
         )
+
+    def _note_bad_step(self, terms: Sequence[Term], losses: dict[str, float], update: UpdateResult) -> None:
+        bad = not all(map(math.isfinite, losses.values())) or (update.skipped and not update.searching_loss_scale)
+        if bad and self.bad_step is None:
+            before = self.optimizer.updates - (not update.skipped)
+            self.bad_step = BadStep(terms=terms, steps=self.steps, updates=before, loss_scale=update.loss_scale_used)
 
     def _shares(self, term: Term) -> list[list[Tensor]]:
         return micro_batch_rows(term.batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)

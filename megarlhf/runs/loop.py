@@ -12,6 +12,7 @@ from megarlhf.engine import checkpoint
 from megarlhf.engine.trainable import StepResult, TrainEngine
 from megarlhf.parallel.collectives import largest_of_world
 from megarlhf.runs.agreement import RunError, refuse_together
+from megarlhf.runs.bad_batches import keep_bad_batches
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
 from megarlhf.runs.interruption import CLOCK, Interrupted, Interruption
@@ -102,6 +103,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
             done, last, best = number + 1, number + 1 == stage.total_steps, False
             run.world.alarm.doing = f"step {done}"
             metrics = stage.step(number)
+            keep_bad_batches(run, done, stage.models)
             metrics |= _alerts_of(metrics, alerts, run, done)
             if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):
                 run.log(done, metrics)

@@ -26,6 +26,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BUFFER_BYTES = 16 * 2**20

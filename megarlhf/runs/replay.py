@@ -1,0 +1,132 @@
+"""`megarlhf replay RUN/bad_batches/step_00000012_policy.safetensors`: a step that was not finite is taken again and looked into.
+
+Alone or under torchrun, with the weights of the checkpoint nearest to the step. First the weights and the batch itself are looked at,
+then what the model makes of each row, then the gradients: of the whole step, of each term, of each row of a term that is not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megarlhf.engine.bad_steps import KeptStep, names_of, read_kept
+from megarlhf.engine.checkpoint import load_weights, missing_from
+from megarlhf.engine.optimizer import AdamSettings
+from megarlhf.engine.trainable import TrainEngine
+from megarlhf.models.transformer import initialize
+from megarlhf.parallel.alarm import is_broken_connection
+from megarlhf.parallel.groups import World
+from megarlhf.parallel.launch import place_in_run
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.rendezvous import RanksMissing
+from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
+from megarlhf.runs.checkpoints import find_source, own_checkpoints
+from megarlhf.runs.examination import examine
+from megarlhf.runs.models import chosen_model
+from megarlhf.storage.checkpoints import Saved
+
+SUMMARY = "Take a step again whose loss or gradients were not finite, and say which term, row and parameter that begins with."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay as the command line says; returns the exit status: 0 whatever is found, 2 for what the user can mend, 1 otherwise."""
+    options = _parser().parse_args(arguments)
+    try:
+        place = place_in_run()
+        world = World.connect(place, timeout_minutes=options.timeout_minutes)
+    except RanksMissing as error:
+        return _failed(str(error), 1, speaks=error.speaks)
+    except ValueError as error:
+        return _failed(str(error), 2)
+    status = 0
+    try:
+        for line in replay(options.batch, options.checkpoint, world):
+            if world.rank == 0:
+                print(line, flush=True)
+        world.barrier()
+    except (ValueError, RunError) as error:  # raised alike on every rank
+        status = _failed(str(error), 1 if isinstance(error, RunError) else 2, speaks=world.rank == 0)
+    except RuntimeError as error:
+        if not is_broken_connection(error):
+            raise
+        return _failed(f"rank {world.rank}: the exchange between the ranks broke: {error}", 1)
+    world.close()
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megarlhf replay", description=SUMMARY, allow_abbrev=False)
+    parser.add_argument("batch", type=Path, help="a file of a run's bad_batches/")
+    nearest = "a checkpoint or a run to take the weights from (default: the run's own checkpoint nearest to the step)"
+    parser.add_argument("--checkpoint", help=nearest)
+    parser.add_argument("--timeout-minutes", type=float, default=30.0, help="how long a rank waits for another (default: 30)")
+    return parser
+
+
+def _failed(problem: str, status: int, *, speaks: bool = True) -> int:
+    if speaks:
+        print(f"megarlhf replay: {problem}", file=sys.stderr, flush=True)
+    return status
+
+
+def replay(batch: Path, checkpoint: str | None, world: World) -> Iterator[str]:
+    """Lines of what is found; a collective of the world. ValueError, on every rank, where a file is not there or damaged."""
+    kept, saved = on_rank_0(world, _read, batch, checkpoint)
+    refuse_together(saved.damages(world.rank, world.size), world)
+    yield f"{batch}: step {kept.step} of a run of {kept.run['stage']}, {kept.model}: {names_of(kept.bad.terms)}"
+    name = chosen_model(saved, None, kept.model, kept.spec.head)
+    yield from _about_weights(kept, saved, name)
+    layout = layout_here(kept.layout, world)
+    if layout != kept.layout:
+        yield f"layout: {layout}, the run's was {kept.layout}: sums come in another order, with dropout its noise is another"
+    yield from examine(build(kept, saved, name, layout, world), kept)
+
+
+def _read(batch: Path, checkpoint: str | None) -> tuple[KeptStep, Saved]:
+    if not batch.is_file():
+        there = ", ".join(sorted(path.name for path in batch.parent.glob("*.safetensors"))) if batch.parent.is_dir() else ""
+        raise ValueError(f"there is no file {batch}; {batch.parent} has: {there or 'none'}")
+    kept = read_kept(batch)
+    return kept, find_source(checkpoint) if checkpoint is not None else nearest(batch.parent.parent, kept)
+
+
+def nearest(run: Path, kept: KeptStep) -> Saved:
+    """The run's checkpoint the fewest updates away from the weights that the step saw. ValueError where it has none.
+
+    A step that is skipped changes no weight: a checkpoint after it can have them still.
+    """
+    found = own_checkpoints(run / "checkpoints", run=kept.run["id"], skip_damaged=True)[0]
+    if not found:
+        raise ValueError(f"{run} has no checkpoint: give --checkpoint, such as the run or checkpoint that it began with")
+    return min(found, key=lambda saved: abs(saved.model(kept.model)["adam_steps"] - kept.bad.updates))
+
+
+def _about_weights(kept: KeptStep, saved: Saved, name: str) -> Iterator[str]:
+    since = kept.bad.updates - saved.models[name]["adam_steps"]
+    if saved.state.get("run") != kept.run["id"]:
+        how = "of another run: the step can come out otherwise"
+    elif since:
+        how = f"{abs(since)} updates {'before' if since > 0 else 'after'} those that the step saw: it can come out otherwise"
+    else:
+        how = "the very ones that the step saw"
+    yield f"weights: {saved.path} ({name}), {how}"
+
+
+def layout_here(wanted: ParallelLayout, world: World) -> ParallelLayout:
+    """The run's layout, with other copies where there are more or fewer ranks; plain copies where its tp and pp do not fit them."""
+    if world.size % (wanted.tp * wanted.pp):
+        return world.layout()
+    axes = {"virtual_pp": wanted.virtual_pp, "sequence_parallel": wanted.sequence_parallel}
+    return world.layout(tp=wanted.tp, pp=wanted.pp, **axes)
+
+
+def build(kept: KeptStep, saved: Saved, name: str, layout: ParallelLayout, world: World) -> TrainEngine:
+    """The model that took the step, with the weights of a checkpoint; a collective of the world."""
+    how = {"micro_batch_size": kept.micro_batch_size, "adam": AdamSettings(clip_grad=None), "seed": kept.seed}
+    engine = TrainEngine(kept.spec, world.groups(layout), **how)
+    initialize(engine.transformers, engine.spec, engine.groups, seed=kept.seed, names=missing_from(saved, name, engine))
+    engine.optimizer.adopt_parameters()
+    load_weights(saved, name, engine)
+    return engine
