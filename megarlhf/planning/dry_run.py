@@ -8,6 +8,7 @@ of all.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Recorder:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens in this context is the phase `name`."""
+        gc.collect()  # what earlier phases left in cycles is garbage, at whatever moment Python would have noticed
         self.meter.new_phase()
         with self.meter.tagged(ACTIVATIONS):
             yield

@@ -45,7 +45,8 @@ def words(recipe, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_does_not_answer_is_named(recipe, tmp_path, number):
     run, log = Started(words(recipe, tmp_path), 2, tmp_path / "log.txt"), tmp_path / "log.txt"
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and run.runs:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while run.runs and not (metrics.exists() and metrics.stat().st_size):  # until its first step is done
         time.sleep(0.05)
     os.kill(run.processes[1].pid, number)
     text = said(run, log)
