@@ -18,7 +18,9 @@ COLOURS = (
 DASHES = ("solid", "dash", "dot", "dashdot")
 """For runs beyond the colours, which begin again."""
 PHASES = ("#5b8def", "#f2a13b", "#3cb88a", "#e0607e", "#9b7be0", "#31b1c4", "#b88a35", "#8d97a5")
-GROUPS = ("rollout", "policy", "value", "ptx", "model", "reward", "dpo", "pretraining", "text", "valid", "throughput", "time", "memory")
+GROUPS = (
+    "rollout", "policy", "value", "ptx", "model", "reward", "dpo", "pretraining", "text", "valid", "alert", "throughput", "time", "memory",
+)  # fmt: skip
 """Prefixes of metrics in the order of a page; others follow by name."""
 MOST_POINTS = 1000
 MOST_MARKED = 40
@@ -59,11 +61,12 @@ def frontier(runs: Sequence[RunRecord]) -> list[Drawn]:
                 continue
             sampled = kind == "rollout"
             figure.add_scatter(
-                x=x, y=y, name=_name(run) if sampled else f"{_name(run)} ({kind})", mode="lines+markers" if sampled else "markers",
+                x=x, y=y, name=_name(run), mode="lines+markers" if sampled else "markers",
                 line={"color": colour(index), "width": 0.6, "dash": dash(index)},
                 marker=_fading(len(steps), colour(index)) if sampled else {"size": 12, "symbol": "diamond", "color": colour(index)},
-                text=[f"step {step}" if step else "evaluation" for step in steps],
+                text=[f"{kind}, step {step}" if step else "evaluation" for step in steps],
                 hovertemplate="%{text}<br>KL %{x:.4g}<br>reward %{y:.4g}", meta={"run": index},
+                showlegend=sampled or "rollout/kl" not in run.curves,
             )  # fmt: skip
     if not figure.data:
         return []

@@ -60,9 +60,10 @@
     const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
     const title = { text: figure.title, font: { size: 14 }, x: 0.02, xanchor: "left", y: 0.98, yanchor: "top" };
     // The legend lies in the margin above, whose height is reckoned here: a margin that plotly finds itself can swing to and fro.
-    const width = figure.plot.clientWidth - 60, longest = Math.max(...figure.data.map((trace) => (trace.name || "").length));
+    const named = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name);
+    const width = figure.plot.clientWidth - 60, longest = Math.max(...named.map((name) => name.length));
     const legendShown = figure.layout.showlegend ?? figure.data.length > 1;
-    const rows = legendShown ? Math.ceil(figure.data.length / Math.max(1, Math.floor(width / (46 + 6.2 * longest)))) : 0;
+    const rows = legendShown ? Math.ceil(named.length / Math.max(1, Math.floor(width / (46 + 6.2 * longest)))) : 0;
     const legend = {
       orientation: "h", x: 0, yref: "container", y: 1 - 30 / figure.plot.clientHeight, yanchor: "top", font: { size: 11 },
       traceorder: "normal", itemclick: false, itemdoubleclick: false,

@@ -107,6 +107,13 @@ def _kl_jumps(curves: Mapping[str, Curve]) -> Found:
                 break
 
 
+def _alerts(curves: Mapping[str, Curve]) -> Found:
+    for name, curve in _named(curves, r"alert/.*"):
+        raised = [step for step, value in zip(curve.steps, curve.values, strict=True) if value]
+        if raised:
+            yield f"{name} was raised in {len(raised)} of {len(curve.steps)} steps, first in step {raised[0]}"
+
+
 def _generator_disagrees(curves: Mapping[str, Curve]) -> Found:
     for name, curve in _named(curves, r"rollout/generator_logprob_gap"):
         worst = max(curve.finite, default=0.0)
@@ -182,6 +189,7 @@ RULES = (
         "look at the gradient norm and the samples of that step; a smaller learning rate",
         _kl_jumps,
     ),
+    Rule("alerts", "alert/loss or alert/kl above 0 in any step", "the run's log names the metric, its value and the median", _alerts),
     Rule(
         "generator differs",
         f"rollout/generator_logprob_gap above {MOST_GAP:g} nat in any step",

@@ -272,6 +272,7 @@ def judged(**curves):
         ("KL blow-up", "rollout__kl_per_token", [2.0] * 9 + [1.0], [0.1] * 9 + [1.5], "is 1.5 nats of late"),
         ("KL leaps", "rollout__kl", [2.0] * 10 + [6.0, 12.0], [1.0] * 9 + [2.0, 6.5], "leapt to 6.5 nats in step 11; the most in the 10"),
         ("KL leaps", "rollout__kl", [0.1] * 10 + [4.9], [-0.1] * 10 + [5.1], "leapt to 5.1"),
+        ("alerts", "alert__kl", [0.0, 0.0], [0.0, 1.0, 2.0], "alert/kl was raised in 2 of 3 steps, first in step 2"),
         ("generator differs", "rollout__generator_logprob_gap", [0.9, 1.0], [0.1, 1.5, 0.1], "reached 1.5 nats in step 2"),
         ("critic", "value__explained_variance", [-1.0] * 9 + [0.0], [0.5] * 9 + [-0.25], "is -0.25 of late"),
         ("tied groups", "rollout__tied_groups", [0.5], [0.75], "in 75 % of the newest groups"),
