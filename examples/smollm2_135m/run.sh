@@ -46,7 +46,7 @@ if [ ! -f $data/text.idx ]; then
     done
   fi
   for text in text_heldout text; do
-    "$python" tools/preprocess_data.py --input $data/$text.jsonl --output-prefix $data/$text --tokenizer $runs/start
+    "$python" -m megarlhf preprocess --input $data/$text.jsonl --output-prefix $data/$text --tokenizer $runs/start
   done
 fi
 step "its own answers, ranked by the rule"

@@ -78,7 +78,8 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
     rows = []
     for run in runs:
         seconds = sum(sum(curve.finite) for name, curve in run.curves.items() if name.startswith("time/"))
-        numbers = [_first(run, names) for _, names in SHOWN]
+        newest = _newest(run)
+        numbers = [next((_shown(newest[name]) for name in names if name in newest), "-") for _, names in SHOWN]
         saved = f"step {run.checkpoints[-1]}" if run.checkpoints else "-"
         best = f", best {run.best}" if run.best is not None else ""
         rows.append([run.stage, _progress(run), _moment(run.written), saved + best, _duration(seconds), *numbers])
@@ -97,13 +98,9 @@ def lacks(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 def results(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The newest value of each number that is measured now and then, by run."""
     newest = [_newest(run) for run in runs]
-    names = sorted({name for of in newest for name in of if name.startswith(RESULTS) or name not in run_curves(runs)})
+    with_figures = {name for run in runs for name in run.curves}
+    names = sorted({name for of in newest for name in of if name.startswith(RESULTS) or name not in with_figures})
     return [{"key": name, "values": [_shown(of[name]) if name in of else None for of in newest], "differs": False} for name in names]
-
-
-def run_curves(runs: Sequence[RunRecord]) -> set[str]:
-    """The names of all metrics that have a figure."""
-    return {name for run in runs for name in run.curves}
 
 
 def configuration(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -139,11 +136,6 @@ def _chips(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _newest(run: RunRecord) -> dict[str, float]:
     return {name: curve.finite[-1] for name, curve in run.curves.items() if curve.finite} | dict(run.results)
-
-
-def _first(run: RunRecord, names: Sequence[str]) -> str:
-    newest = _newest(run)
-    return next((_shown(newest[name]) for name in names if name in newest), "-")
 
 
 def _progress(run: RunRecord) -> str:

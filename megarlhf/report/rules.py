@@ -76,23 +76,20 @@ def _skipped(curves: Mapping[str, Curve]) -> Found:
 
 
 def _unfinished(curves: Mapping[str, Curve]) -> Found:
-    for name, curve in _named(curves, r"(rollout|valid)/finished_fraction"):
-        finished = recent(curve)
-        if finished is not None and finished < LEAST_FINISHED:
+    for name, finished in _of_late(curves, r"(rollout|valid)/finished_fraction"):
+        if finished < LEAST_FINISHED:
             yield f"{name}: {100 * (1 - finished):.3g} % of the newest responses did not end within their limit"
 
 
 def _clipped(curves: Mapping[str, Curve]) -> Found:
-    for name, curve in _named(curves, r"(policy|value)/clip_fraction"):
-        clipped = recent(curve)
-        if clipped is not None and clipped > MOST_CLIPPED:
+    for name, clipped in _of_late(curves, r"(policy|value)/clip_fraction"):
+        if clipped > MOST_CLIPPED:
             yield f"{name} is {clipped:.3g} of late"
 
 
 def _kl_is_large(curves: Mapping[str, Curve]) -> Found:
-    for name, curve in _named(curves, r"rollout/kl_per_token"):
-        kl = recent(curve)
-        if kl is not None and kl > MOST_KL_PER_TOKEN:
+    for name, kl in _of_late(curves, r"rollout/kl_per_token"):
+        if kl > MOST_KL_PER_TOKEN:
             yield f"{name} is {kl:.3g} nats of late"
 
 
@@ -122,16 +119,14 @@ def _generator_disagrees(curves: Mapping[str, Curve]) -> Found:
 
 
 def _critic_is_useless(curves: Mapping[str, Curve]) -> Found:
-    for name, curve in _named(curves, r"value/explained_variance"):
-        explained = recent(curve)
-        if explained is not None and explained < LEAST_EXPLAINED:
+    for name, explained in _of_late(curves, r"value/explained_variance"):
+        if explained < LEAST_EXPLAINED:
             yield f"{name} is {explained:.3g} of late: a constant would predict the returns better"
 
 
 def _tied(curves: Mapping[str, Curve]) -> Found:
-    for name, curve in _named(curves, r"rollout/tied_groups"):
-        tied = recent(curve)
-        if tied is not None and tied > MOST_TIED:
+    for name, tied in _of_late(curves, r"rollout/tied_groups"):
+        if tied > MOST_TIED:
             yield f"{name}: in {100 * tied:.3g} % of the newest groups all scores are the same"
 
 
@@ -154,6 +149,11 @@ def _gradients_spike(curves: Mapping[str, Curve]) -> Found:
 
 def _named(curves: Mapping[str, Curve], pattern: str) -> Iterator[tuple[str, Curve]]:
     return ((name, curve) for name, curve in curves.items() if re.fullmatch(pattern, name))
+
+
+def _of_late(curves: Mapping[str, Curve], pattern: str) -> Iterator[tuple[str, float]]:
+    """(name, `recent` value) of the curves that have one."""
+    return ((name, value) for name, curve in _named(curves, pattern) if (value := recent(curve)) is not None)
 
 
 _LATE = f"mean of the newest {100 * RECENT_SHARE:.0f} % of the points"
