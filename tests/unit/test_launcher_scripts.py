@@ -213,8 +213,11 @@ def slurm(tmp_path):
     return tmp_path
 
 
+ENDS = [(0, "lost"), (1, "there"), (1, "lost"), (2, "lost"), (75, "there"), (130, "there"), (137, "lost")]
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-@pytest.mark.parametrize(("ended", "nodes"), [(0, "lost"), (1, "there"), (1, "lost"), (2, "lost"), (75, "there"), (130, "there"), (137, "lost")])
+@pytest.mark.parametrize(("ended", "nodes"), ENDS)
 def test_a_job_meets_at_its_first_node_and_goes_into_the_queue_again_after_75_or_the_loss_of_a_node(path, ended, nodes, slurm):
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}
     environment = CONTAINER | job | {"FAKE_STATUS": str(ended), "FAKE_ANSWER": str(int(nodes == "lost"))}
