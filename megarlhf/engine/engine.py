@@ -14,7 +14,6 @@ from megarlhf.engine.terms import Output
 from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
-from megarlhf.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropy
 
 
 class Engine:
@@ -126,12 +125,9 @@ class Engine:
         lookups = torch.stack([column * rows + row, row * width + column, tokens[row, column + 1]])
         source, target, wanted = lookups.to(hidden.device)
         chosen = model.full_hidden(hidden).flatten(0, 1).index_select(0, source)  # [wanted, h]
-        how = {"vocab_size": self.spec.architecture.vocab_size, "tp": self.groups.tp, "temperature": temperature}
-        logits = model.logits(chosen)
-        if entropy_too:
-            found = torch.stack(vocab_parallel_logprobs_and_entropy(logits, wanted, **how))
-        else:
-            found = vocab_parallel_logprobs(logits, wanted, **how).unsqueeze(0)
+        how = {"vocab_size": self.spec.architecture.vocab_size, "temperature": temperature}
+        logprobs, entropy = model.predictions(chosen, wanted, entropy_too=entropy_too, **how)
+        found = torch.stack([logprobs, entropy]) if entropy_too else logprobs.unsqueeze(0)
         whole = torch.zeros(len(found), rows * width, device=hidden.device)
         return whole.index_copy(1, target, found).view(-1, rows, width)
 

@@ -32,29 +32,20 @@ class RowLinear(RowParallelLinear):
         return super().forward(input_)
 
 
-def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, in] times weight [out, in] transposed: [n, out] in float32, accumulated and left in it whatever the precision of both."""
-    return F.linear(x, weight) if weight.dtype == torch.float32 else _Float32Linear.apply(x, weight)
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] times b [k, n]: [m, n] float32, accumulated and left in it whatever the precision of b, which a is brought to."""
+    return a @ b if b.dtype == torch.float32 else _float32_product(a, b)
 
 
-class _Float32Linear(torch.autograd.Function):
-    """Keeps x and the weight in their own precision for the backward pass, and returns gradients in it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _float32_product(x, weight.t())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = _float32_product(grad, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = _float32_product(grad.t(), x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+def add_float32_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`float32_product`, added to `total` [m, n] in place where there is one."""
+    if total is None:
+        return float32_product(a, b)
+    return total.addmm_(a, b) if b.dtype == torch.float32 else total.add_(_float32_product(a, b))
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, b of a lower precision.
+    """The same, b of a lower precision.
 
     CUDA's tensor cores accumulate in float32 and can leave the result there. A CPU multiplies float32 several times
     faster than bfloat16 or float16, the conversion included.

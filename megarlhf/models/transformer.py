@@ -22,12 +22,13 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention
-from megarlhf.models.linear import ColumnLinear, RowLinear, float32_linear
+from megarlhf.models.linear import ColumnLinear, RowLinear, float32_product
 from megarlhf.models.norm import Norm
 from megarlhf.models.parallel_residual import ParallelResidualLayer
 from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, shards_held
 from megarlhf.models.rotary import Rotary
 from megarlhf.models.scalar_head import ScalarHead
+from megarlhf.models.vocab_head import head_logprobs
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import derive_seed
 
@@ -72,13 +73,24 @@ class Transformer(GPTModel):
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, h] chosen from `full_hidden` -> [n, padded_vocab / tp] float32, this rank's shard of the vocabulary."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        """[..., h] chosen from `full_hidden` -> [..., padded_vocab / tp] float32, this rank's shard of the vocabulary; no gradient."""
+        return float32_product(hidden.flatten(0, -2), self._head_weight().t()).unflatten(0, hidden.shape[:-1])
+
+    def predictions(
+        self, hidden: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, entropy_too: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[n, h] chosen from `full_hidden` and [n] ids -> the ids' log-probabilities, and entropies: see `head_logprobs`."""
+        group = self.pg_collection.tp
         if not self.config.sequence_parallel:
             # Its backward sums over tp, but only where the gradient is contiguous: so here, on the rows that are multiplied.
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
-        return float32_linear(hidden, weight)
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        how = {"vocab_size": vocab_size, "temperature": temperature, "entropy_too": entropy_too}
+        return head_logprobs(hidden, self._head_weight(), targets, tp=group, **how)
+
+    def _head_weight(self) -> Tensor:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """Trunk output [seq (/ tp), batch, h] -> [batch, seq] float32 from the scalar head."""

@@ -98,7 +98,7 @@ def assert_agree(name, layout, ranks, reference, stats):
         for mine, theirs in zip(rank_before, before, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
         for mine, (losses, norm) in zip(rank_results, results, strict=True):
-            assert mine.losses == pytest.approx(losses, rel=1e-5)
+            assert mine.losses == pytest.approx(losses, rel=1e-5, abs=1e-7)  # a policy's is a mean of terms of about 1 that cancel
             assert mine.grad_norm == pytest.approx(norm, rel=1e-5) and not mine.skipped
         assert rank_results[0].grad_norm == pytest.approx(results[0][1], rel=2e-6)
         assert rank_results == ranks[0][1]  # the same on every rank, bit for bit

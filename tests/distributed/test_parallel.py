@@ -2,18 +2,21 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megarlhf.models import vocab_head
+from megarlhf.models.vocab_head import head_logprobs
 from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import broadcast_object, gather_rows, largest, largest_of_world, sum_over_copies
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.pipeline import StageCommunicator
 from megarlhf.parallel.seed import derive_seed
-from megarlhf.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropy
+from megarlhf.parallel.vocab import vocab_parallel_logprobs
 
 LAYOUTS = [{"tp": tp, "pp": pp} for tp, pp in itertools.product((1, 2, 4), (1, 2, 4)) if tp * pp <= 4]
 AXES = {"tp": "tp", "dp": "dp", "pp": "pp", "copy": "tp,pp", "outputs": "dp,pp", "world": "tp,dp,pp"}
@@ -92,45 +95,65 @@ def test_stages_tell_activations_from_gradients_in_whatever_order_they_come(rank
     ranks2.run(check_messages, virtual_pp)
 
 
+ROWS, HIDDEN = 21, 16
+
+
 def check_vocab(vocab_size, padded, dtype, temperature):
+    """In one chunk, whose probabilities are kept, and in chunks of 4 rows, the last of one row."""
     world = World.connect()
-    return [vocab_of(world, tp, vocab_size, padded, dtype, temperature) for tp in (1, 2, 4)]
+    return [
+        vocab_of(world, tp, vocab_size, padded, dtype, temperature, chunk_rows)
+        for tp, chunk_rows in ((1, ROWS), (1, 4), (2, ROWS), (2, 4), (4, 4))
+    ]
 
 
-def vocab_of(world, tp, vocab_size, padded, dtype, temperature):
+def vocab_of(world, tp, vocab_size, padded, dtype, temperature, chunk_rows):
     groups = world.groups(world.layout(tp=tp))
     generator = torch.Generator().manual_seed(vocab_size)
-    full = (torch.randn(3, 7, padded, generator=generator) * 5).to(dtype)
-    full[..., vocab_size:] = 100.0  # padding that would win, if it counted
-    full[0, 0, :vocab_size] = 30000.0  # equal and large
-    targets = torch.randint(0, vocab_size, (3, 7), generator=generator)
-    targets[1, 1], targets[1, 2] = 0, vocab_size - 1
-    weights = torch.randn(3, 7, generator=generator)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype)
+    weight = (torch.randn(padded, HIDDEN, generator=generator) * 3).to(dtype)
+    hidden[0] = 0.0  # all equal
+    if dtype == torch.float32:
+        hidden[1], weight[:, 0] = 0.0, 300.0
+        hidden[1, 0] = 100.0  # all equal and large
+    weight[vocab_size:] = 50.0  # padding that would win, if it counted
+    targets = torch.randint(0, vocab_size, (ROWS,), generator=generator)
+    targets[2], targets[3] = 0, vocab_size - 1
+    weights = torch.randn(ROWS, generator=generator)
 
-    dense = full.detach().float().requires_grad_()
-    logprobs = (dense[..., :vocab_size] / temperature).log_softmax(-1)
-    expected = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    dense = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    dense_logprobs = ((dense[0] @ dense[1][:vocab_size].T) / temperature).log_softmax(-1)
+    expected = dense_logprobs.gather(1, targets[:, None])[:, 0]
     (expected * weights).sum().backward()
 
     shard = padded // tp
     first = groups.coordinates.tp * shard
-    local = full[..., first : first + shard].clone().requires_grad_()
-    before = local.detach().clone()
-    how = {"vocab_size": vocab_size, "tp": groups.tp if tp > 1 else None, "temperature": temperature}
-    found = vocab_parallel_logprobs(local, targets, **how)
-    (found * weights).sum().backward()
-    assert found.dtype == torch.float32 and torch.equal(local.detach(), before)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    grad = dense.grad[..., first : first + shard]
-    torch.testing.assert_close(local.grad.float(), grad.to(dtype).float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
-    assert (local.grad[..., max(0, vocab_size - first) :] == 0).all()
+    ours = [x.clone().requires_grad_() for x in (hidden, weight[first : first + shard])]
+    how = {"vocab_size": vocab_size, "tp": groups.tp, "temperature": temperature}
+    with mock.patch.object(vocab_head, "CHUNK_ELEMENTS", chunk_rows * shard):
+        found, nothing = head_logprobs(*ours, targets, **how)
+        (found * weights).sum().backward()
+        grads = [x.grad for x in ours]
+        again, entropy = head_logprobs(*ours, targets, entropy_too=True, **how)
+        assert torch.equal(again, found) and not entropy.requires_grad and not nothing.numel()
+        for grad, same in zip(torch.autograd.grad((again * weights).sum(), ours), grads, strict=True):
+            assert torch.equal(grad, same)
+        with torch.no_grad():
+            assert torch.equal(head_logprobs(*ours, targets, **how)[0], found)
+    assert found.dtype == torch.float32 and all(grad.dtype == dtype for grad in grads)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(entropy.double(), -(dense_logprobs.exp() * dense_logprobs).sum(-1).detach(), rtol=1e-5, atol=1e-4)
+    low = {} if dtype == torch.float32 else {"rtol": 1e-2}
+    grad_hidden = grads[0].float()
+    dist.all_reduce(grad_hidden, group=groups.tp)  # each rank has its part
+    torch.testing.assert_close(grad_hidden.double(), dense[0].grad, **{"rtol": 1e-4, "atol": 1e-3 if not low else 0.05, **low})
+    torch.testing.assert_close(grads[1].double(), dense[1].grad[first : first + shard], **{"rtol": 1e-4, "atol": 1e-4, **low})
+    assert (grads[1][max(0, vocab_size - first) :] == 0).all()
 
-    again, entropy = vocab_parallel_logprobs_and_entropy(local, targets, **how)
-    assert torch.equal(again, found) and not entropy.requires_grad
-    before_entropy, local.grad = local.grad, None
-    (again * weights).sum().backward()
-    assert torch.equal(local.grad, before_entropy)
-    torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+    logits = hidden.float() @ weight[first : first + shard].float().T
+    before = logits.clone()
+    torch.testing.assert_close(vocab_parallel_logprobs(logits, targets, **how), found, rtol=1e-5, atol=1e-4)
+    assert torch.equal(logits, before)
     return found.detach(), entropy
 
 
@@ -143,10 +166,10 @@ def vocab_of(world, tp, vocab_size, padded, dtype, temperature):
         (100, 128, torch.bfloat16, 1.0),
     ],
 )
-def test_vocabulary_parallel_is_dense_forward_and_backward(ranks4, vocab_size, padded, dtype, temperature):
+def test_the_vocabulary_in_parts_is_dense_forward_and_backward(ranks4, vocab_size, padded, dtype, temperature):
     by_rank = ranks4.run(check_vocab, vocab_size, padded, dtype, temperature)
-    for of_tp in zip(*by_rank, strict=True):
-        assert all(torch.equal(a, b) for rank in of_tp for a, b in zip(rank, of_tp[0], strict=True))
+    for of_case in zip(*by_rank, strict=True):
+        assert all(torch.equal(a, b) for rank in of_case for a, b in zip(rank, of_case[0], strict=True))
 
 
 def check_a_world_of_one():

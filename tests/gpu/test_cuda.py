@@ -1,5 +1,7 @@
 """The same code on a CUDA device: run where there is one, skipped elsewhere."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -13,8 +15,9 @@ from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.generation.generator import Generator
+from megarlhf.models import vocab_head
 from megarlhf.models.architecture import make_architecture
-from megarlhf.models.linear import float32_linear
+from megarlhf.models.linear import add_float32_product, float32_product
 from megarlhf.models.transformer import ModelSpec, initialize
 from megarlhf.parallel.groups import World
 
@@ -82,17 +85,27 @@ def test_generator_and_trainer_agree(world):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_are_left_in_float32(dtype):
+def test_products_behind_logits_are_left_in_float32(dtype):
     generator = torch.Generator().manual_seed(2)
-    x, weight = (torch.randn(n, 256, generator=generator).to("cuda", dtype).requires_grad_() for n in (40, 500))
-    found, exact = float32_linear(x, weight), x.detach().double() @ weight.detach().double().T
+    x, weight = (torch.randn(n, 256, generator=generator).to("cuda", dtype) for n in (40, 500))
+    found, exact = float32_product(x, weight.t()), x.double() @ weight.double().T
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
-    towards = torch.randn(40, 500, generator=generator).cuda()
-    for grad, right in zip(
-        torch.autograd.grad((found * towards).sum(), [x, weight]),
-        (towards.double() @ weight.detach().double(), towards.double().T @ x.detach().double()),
-        strict=True,
-    ):
-        assert grad.dtype == dtype
-        torch.testing.assert_close(grad.double(), right, rtol=2e-2, atol=0.3)
+    twice = add_float32_product(found.clone(), x, weight.t())
+    torch.testing.assert_close(twice, 2 * found, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_rows", [16, 64])
+def test_log_probabilities_in_chunks_are_the_dense_ones(world, dtype, chunk_rows):
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(n, 256, generator=generator).mul(0.1).to("cuda", dtype).requires_grad_() for n in (50, 512))
+    targets = torch.randint(0, 500, (50,), generator=generator).cuda()
+    with mock.patch.object(vocab_head, "CHUNK_ELEMENTS", chunk_rows * 512):
+        found, _ = vocab_head.head_logprobs(x, weight, targets, vocab_size=500, tp=world.groups(world.layout()).tp)
+        grads = torch.autograd.grad(found.sum(), [x, weight])
+    dense = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = (dense[0] @ dense[1][:500].T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    for grad, right in zip(grads, torch.autograd.grad(expected.sum(), dense), strict=True):
+        torch.testing.assert_close(grad.double(), right, rtol=2e-2, atol=2e-2)
