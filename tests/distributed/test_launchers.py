@@ -16,7 +16,7 @@ from megarlhf.parallel.alarm import Alarm, Rung
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.launch import Place
 from megarlhf.parallel.rendezvous import RanksMissing, meet
-from tests.distributed.recipe import make_recipe
+from tests.distributed.recipe import check_stages, curves, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def under_torchrun(*words, **environment):
+def under_torchrun(*words, restarts=0, **environment):
     """(exit status, stderr) of two ranks."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **environment}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"--max-restarts={restarts}", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=170)
     return done.returncode, done.stderr
 
@@ -157,3 +157,37 @@ def check_timeouts():
 def test_every_group_has_the_runs_timeout(ranks4):
     for timeouts in ranks4.run(check_timeouts):
         assert timeouts == dict.fromkeys(timeouts, 420.0), timeouts
+
+
+DIES_ONCE = """
+import os, signal, sys
+from megarlhf import cli
+from megarlhf.trainers.pretrain import Pretraining
+
+step = Pretraining.step
+
+def dying(self, number):
+    if os.environ["RANK"] == "1":
+        with open(__file__ + os.environ["TORCHELASTIC_RESTART_COUNT"], "a") as taken:
+            print(number, file=taken)
+        if number == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+
+Pretraining.step = dying
+sys.argv[0] = "megarlhf"
+cli.start()
+"""
+
+
+def test_torchrun_starts_a_run_again_and_it_goes_on_where_it_was(untrained, ranks2, tmp_path):
+    (tmp_path / "dies_once.py").write_text(DIES_ONCE)
+    words = ["steps=8", "run.save_every=1", "run.threads=1"]
+    start = ["pretrain", "--config", f"{untrained}/base.yaml", f"run.dir={tmp_path}/torn", *words]
+    status, said = under_torchrun(str(tmp_path / "dies_once.py"), *start, restarts=1)
+    assert status == 0, said
+    ranks2.run(check_stages, untrained, tmp_path / "runs", ["base"], words)
+    torn = curves(tmp_path / "torn")
+    assert len(torn) == 8 and torn == curves(tmp_path / "runs" / "base")
+    first, second = ([int(number) for number in (tmp_path / f"dies_once.py{start}").read_text().split()] for start in (0, 1))
+    assert first == list(range(6)) and second in ([*range(4, 8)], [*range(5, 8)]), "a checkpoint that was being written is not whole"
