@@ -182,7 +182,48 @@ class RewardFunctionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoRewardConfig(ModelConfig):
+class PpoPolicyConfig(TrainedModelConfig):
+    """The policy."""
+
+    offload: tuple[Literal["gradients", "optimizer", "average"], ...] = ()
+    """What of it waits in host memory while no phase uses it (gradients need not even wait): optimizer means moments and, beside weights of
+    lower precision, float32 masters. Weights are used in every phase. The results are the same, bit for bit."""
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        return super().violations() + _named_twice(self.offload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoValueConfig(TrainedModelConfig):
+    """The value function."""
+
+    offload: tuple[Literal["weights", "gradients", "optimizer"], ...] = ()
+    """What of it waits in host memory while the policy generates, as for the policy."""
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        return super().violations() + _named_twice(self.offload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoReferenceConfig(ModelConfig):
+    """The frozen model that the KL penalty is taken against."""
+
+    offload: tuple[Literal["weights"], ...] = ()
+    """[weights]: they wait in host memory while nothing is scored."""
+
+    def violations(self) -> list[str]:
+        """Rules within the section."""
+        return super().violations() + _named_twice(self.offload)
+
+
+def _named_twice(offload: tuple[str, ...]) -> list[str]:
+    return [f"offload names {kind} twice" for kind in dict.fromkeys(offload) if offload.count(kind) > 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoRewardConfig(PpoReferenceConfig):
     """Where rewards come from: a frozen reward model, functions of one's own, or both."""
 
     weight: Annotated[float, Range()] = 1.0
@@ -200,7 +241,7 @@ class PpoRewardConfig(ModelConfig):
         if "model" in names:
             found.append("functions has one of the name model, which stands for the reward model: rename it")
         if self.functions and self.load is None and self.architecture is None:
-            idle = [key for key, default in (("load_model", None), ("weight", 1.0)) if getattr(self, key) != default]
+            idle = [key for key, default in (("load_model", None), ("weight", 1.0), ("offload", ())) if getattr(self, key) != default]
             return found + [f"{key} speaks of a reward model, and load is not given" for key in idle]
         if self.load is None and self.architecture is None:
             return [*found, "load (a reward model) or functions (rewards of one's own) must be given; neither is"]
@@ -211,13 +252,13 @@ class PpoRewardConfig(ModelConfig):
 class PpoConfig(StageConfig):
     """`megarlhf ppo`: PPO, PPO-ptx, or policy gradients without a value function, with up to four co-resident models."""
 
-    policy: TrainedModelConfig
+    policy: PpoPolicyConfig
     """The policy, from the 2-epoch SFT model (Appendix C.3)."""
-    value: TrainedModelConfig | None = None
+    value: PpoValueConfig | None = None
     """The value function, from the reward model (Appendix C.4); only with ppo.advantages: gae."""
     reward: PpoRewardConfig
     """The frozen reward model, or rewards of one's own."""
-    reference: ModelConfig
+    reference: PpoReferenceConfig
     """The frozen model that the KL penalty is taken against: what the policy starts from."""
     data: PpoDataConfig
     """Prompts and pretraining text."""

@@ -61,6 +61,7 @@ def own_part(models: Mapping[str, TrainEngine]) -> OwnPart:
     tensors: dict[str, dict[str, dict[str, Tensor]]] = {}
     pieces: dict[str, dict[str, Piece]] = {}
     for name, engine in models.items():
+        engine.offload.need("weights", "optimizer", "average")
         moments = engine.optimizer.moments()
         kinds = {
             "weights": lambda shard: shard.main,
@@ -106,6 +107,7 @@ def load(saved: Saved, models: Mapping[str, TrainEngine]) -> None:
             raise ValueError(f"{saved.path}: {name!r} has the head {head}, but this one's is {engine.spec.head}")
         if not saved.models[name].get("has_moments", True):
             raise ValueError(f"{saved.path}: {name!r} was converted and has no optimizer state: a run begins with it (load), none goes on")
+        engine.offload.need("weights", "optimizer", "average")
         moments = {}
         for parameter, shard, piece in _held_by_optimizer(engine):
             reader.fill(shard.main.data.view(-1), name, "weights", parameter, piece)
@@ -120,6 +122,7 @@ def load(saved: Saved, models: Mapping[str, TrainEngine]) -> None:
         engine.optimizer.publish_masters()
         if described["grad_scaler"] is not None and engine.optimizer.megatron.grad_scaler is not None:
             restore_grad_scaler(engine.optimizer, described["grad_scaler"])
+        engine.offload.rest()
 
 
 @torch.no_grad()
@@ -135,6 +138,7 @@ def load_weights(saved: Saved, model: str, engine: Engine, *, average: bool = Fa
     ValueError when the checkpoint does not hold the model, or another trunk, naming the first difference.
     """
     _check_holds(saved, model, engine, average=average)
+    engine.offload.need("weights", "optimizer")
     kind, reader, missing = "ema" if average else "weights", CheckpointReader(saved), missing_from(saved, model, engine)
     if isinstance(engine, TrainEngine):
         for parameter, shard, piece in _held_by_optimizer(engine):

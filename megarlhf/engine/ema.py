@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megarlhf.engine.offload import Offload
 from megarlhf.engine.optimizer import Optimizer
 
 
@@ -17,8 +18,10 @@ class ExponentialMovingAverage:
     Kept in float32 beside the master weights (4 / dp bytes per parameter): bfloat16 would lose increments of 0.008.
     """
 
-    def __init__(self, optimizer: Optimizer, *, decay: float) -> None:
+    def __init__(self, optimizer: Optimizer, *, decay: float, offload: Offload) -> None:
+        """Args: offload: of the engine, whose weights and optimizer must be here."""
         self.optimizer = optimizer
+        self.offload = offload
         self.decay = decay
         self.averages = {shard.parameter: shard.main.detach().clone() for shard in optimizer.shards()}
         """Parameter -> [n] float32, this rank's shard of its average."""
@@ -26,6 +29,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
+        self.offload.need("weights", "optimizer", "average")
         for shard in self.optimizer.shards():
             self.averages[shard.parameter].lerp_(shard.main.detach(), 1.0 - self.decay)
 
@@ -40,6 +44,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self.offload.need("weights", "optimizer", "average")
         for shard in self.optimizer.shards():
             weights = shard.main.detach().clone()
             shard.main.data.copy_(self.averages[shard.parameter])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from megarlhf.batch import Rows
 from megarlhf.engine.batching import micro_batch_rows
+from megarlhf.engine.offload import Kind, Offload
 from megarlhf.engine.schedule import run_schedule
 from megarlhf.engine.terms import Output
 from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
@@ -23,13 +24,22 @@ class Engine:
     models of different layouts meet without any dispatch, and results do not depend on the layout.
     """
 
-    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int) -> None:
+    weights_change = False
+    """Whether anything but building it changes its weights."""
+
+    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, offload: Collection[Kind] = ()) -> None:
+        """Args: offload: what may rest on the host while nothing uses it (see engine/offload.py)."""
         self.spec = spec
         self.groups = groups
         self.micro_batch_size = micro_batch_size
         self.transformers: list[Transformer] = build_model(spec, groups)
         self.chunks: list = list(self.transformers)
         """What the schedule runs: the transformers, or their data-parallel wrappers."""
+        self.offload = Offload(self.held, groups.side_stream, offload, frozen=not self.weights_change)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What is kept between steps, by HELD_KINDS."""
+        return {"weights": [*self.parameters().values()]}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Canonical name -> this rank's shard."""
@@ -66,6 +76,7 @@ class Engine:
         temperature: float = 1.0,
         minibatches: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        self.offload.need("weights")
         for chunk in self.chunks:
             chunk.eval()
         dp, size = self.groups.layout.dp, self.micro_batch_size

@@ -48,7 +48,7 @@ def does_not_fit(what: str, needed: float, capacity: float, reserved: float, *, 
     return (
         f"it does not fit: {what} needs {needed / GB:.1f} GB of tensors and {reserved / GB:.1f} GB for CUDA and NCCL, "
         f"and one {device} has {capacity / GB:.1f} GB: {(needed + reserved - capacity) / GB:.1f} GB are missing; "
-        "larger tp or pp, or more nodes, need less of each GPU"
+        "larger tp or pp, more nodes, or what PPO calls offload, need less of each GPU"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from megarlhf.batch import Rows
 from megarlhf.engine.batching import micro_batch_rows, padded_positions
 from megarlhf.engine.ema import ExponentialMovingAverage
 from megarlhf.engine.engine import Engine, padded_share
+from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
 from megarlhf.engine.schedule import run_schedule, sum_gradients
 from megarlhf.engine.terms import Term
@@ -59,6 +60,8 @@ class _Piece:
 class TrainEngine(Engine):
     """Forward passes, and optimizer steps over any sum of terms."""
 
+    weights_change = True
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -67,8 +70,9 @@ class TrainEngine(Engine):
         micro_batch_size: int,
         adam: AdamSettings,
         seed: int,
+        offload: Collection[Kind] = (),
     ) -> None:
-        super().__init__(spec, groups, micro_batch_size=micro_batch_size)
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, offload=offload)
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
@@ -81,8 +85,20 @@ class TrainEngine(Engine):
             transformer.config.finalize_model_grads_func = sum_gradients
             transformer.config.grad_scale_func = self.optimizer.scale_loss
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """Weights, gradients, masters, moments (after the first step) and the average."""
+        optimizer = self.optimizer
+        return {
+            **super().held(),
+            "gradients": [buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers],
+            "masters": [shard.main for shard in optimizer.shards()],
+            "moments": [value for state in optimizer.adam.state.values() for value in state.values() if isinstance(value, Tensor)],
+            "average": list(self.ema.averages.values()) if self.ema is not None else [],
+        }
+
     def weights_are_finite(self) -> bool:
         """Whether every weight, its float32 master and its average is finite, on all ranks; a collective of the model's ranks."""
+        self.offload.need("weights", "optimizer", "average")
         held = [*self.parameters().values(), *(shard.main for shard in self.optimizer.shards())]
         held += self.ema.averages.values() if self.ema is not None else []
         finite = bool(torch.stack([value.detach().isfinite().all() for value in held]).all())
@@ -90,11 +106,13 @@ class TrainEngine(Engine):
 
     def start_ema(self, decay: float) -> None:
         """Keep an average of the weights from here on (updated by the trainer)."""
-        self.ema = ExponentialMovingAverage(self.optimizer, decay=decay)
+        self.offload.need("weights", "optimizer")
+        self.ema = ExponentialMovingAverage(self.optimizer, decay=decay, offload=self.offload)
 
     @torch.no_grad()
     def shift_scores(self, delta: float) -> None:
         """Add `delta` to every score this model will give: to the bias of its scalar head."""
+        self.offload.need("weights", "optimizer")
         names = {parameter: name for name, parameter in self.parameters().items()}
         for shard in self.optimizer.shards():
             if names[shard.parameter] == "scalar_head.bias":
@@ -126,8 +144,11 @@ class TrainEngine(Engine):
             totals[piece.term.name] += torch.stack([value.float().reshape(()) for value in flat])
             return total * (piece.term.weight / piece.divisor), None
 
+        self.offload.send_for("weights", "gradients", "optimizer")
+        self.offload.need("weights", "gradients")
         self.optimizer.zero_grad()
         run_schedule(self.chunks, self.groups, [_tokens(piece) for piece in pieces], compute, backward=True)
+        self.offload.need("optimizer")
         update = self.optimizer.step(learning_rate)
         losses, stats = self._summed(terms, totals)
         self._note_bad_step(terms, losses, update)

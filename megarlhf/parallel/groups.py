@@ -15,6 +15,7 @@ from megarlhf.parallel.alarm import Alarm
 from megarlhf.parallel.launch import Place, place_in_run
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
 from megarlhf.parallel.rendezvous import connect_store, meet, tell_all
+from megarlhf.parallel.side_stream import SideStream
 
 ProcessGroup = dist.ProcessGroup
 
@@ -44,6 +45,8 @@ class ModelGroups:
     """First and last stage, which share a tied embedding; None on a stage between them, or with one stage."""
     alone: dist.ProcessGroup
     """This rank only: the axes that are not used (context and expert parallelism)."""
+    side_stream: SideStream
+    """Where this rank's copies between host and device queue, those of all models."""
 
     @property
     def coordinates(self) -> Coordinates:
@@ -94,6 +97,8 @@ class World:
     """How ranks hear that another has failed."""
     store: dist.Store
     """What all ranks share beside the process groups."""
+    side_stream: SideStream = field(default_factory=SideStream)
+    """Copies between host and device."""
     _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
@@ -155,6 +160,7 @@ class World:
             world=dist.group.WORLD,
             embeddings=self._group_of_peers(ends),
             alone=self._group_of_this_rank(),
+            side_stream=self.side_stream,
         )
 
     def _group_of_peers(self, peers: list[list[int]], *, apart: bool = False) -> dist.ProcessGroup | None:

@@ -12,6 +12,7 @@ from megarlhf.engine.checkpoint import load_weights, missing_from, saved_archite
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.engine.frozen import FrozenEngine
+from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.models.architecture import Architecture, make_architecture
@@ -73,7 +74,9 @@ class ModelPlan:
 
     def frozen(self, world: World) -> FrozenEngine:
         """The model for forward passes, its weights unset."""
-        return FrozenEngine(self.spec(), world.groups(self.layout), micro_batch_size=self.config.micro_batch_size)
+        return FrozenEngine(
+            self.spec(), world.groups(self.layout), micro_batch_size=self.config.micro_batch_size, offload=self.offload
+        )
 
     def trained(self, world: World, *, seed: int, dropout: float = 0.0) -> TrainEngine:
         """The model with a new optimizer, its weights unset."""
@@ -84,7 +87,13 @@ class ModelPlan:
             micro_batch_size=self.config.micro_batch_size,
             adam=adam_settings(self.config.adam),
             seed=seed,
+            offload=self.offload,
         )
+
+    @property
+    def offload(self) -> tuple[Kind, ...]:
+        """What of it rests on the host between uses: only some stages have phases that do not use a model."""
+        return getattr(self.config, "offload", ())
 
     def __str__(self) -> str:
         source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
@@ -190,8 +199,9 @@ class ModelPlanner:
         refuse_together([wrong for saved in sources.values() for wrong in saved.damages(self.world.rank, self.world.size)], self.world)
 
     def too_large_for(self, capacity: int | None) -> list[str]:
-        """A sentence where the models, without any activation, do not fit a device of `capacity` bytes; None: of unknown size."""
-        kept = [(plan.role, sum(plan.bytes_kept(self.world.rank).values())) for plan in self.plans]
+        """A sentence where the models that an update takes, without any activation, do not fit `capacity` bytes; None: of unknown size."""
+        here = [plan for plan in self.plans if "weights" not in plan.offload or isinstance(plan.config, TrainedModelConfig)]
+        kept = [(plan.role, sum(plan.bytes_kept(self.world.rank).values())) for plan in here]
         return start_problems(kept, capacity, rank=self.world.rank)
 
     def _kept_source(self, role: str, config: ModelConfig, head: Head, *, trained: bool) -> Source | None:
@@ -238,6 +248,7 @@ class ModelPlanner:
         """The model with its weights, for forward passes."""
         engine = plan.frozen(self.world)
         self._fill(engine, plan)
+        engine.offload.rest()
         return engine
 
     def build_trained(self, plan: ModelPlan, *, dropout: float = 0.0) -> TrainEngine:
@@ -245,6 +256,7 @@ class ModelPlanner:
         engine = plan.trained(self.world, seed=self.seed, dropout=dropout)
         if not plan.resumed:
             self._fill(engine, plan)
+        engine.offload.rest()
         return engine
 
     def _fill(self, engine: Engine, plan: ModelPlan) -> None:

@@ -6,6 +6,7 @@ because it maps the file, whose pages then count as the process's.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -72,12 +73,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metada
             digest.update(part)
         for name, tensor in ordered:
             for part in _made(name, tensor).detach().reshape(-1).view(torch.uint8).split(BUFFER_BYTES):
-                on_host = part.cpu().numpy()
-                file.write(on_host)
-                digest.update(on_host)
+                on_host = part.cpu()
+                file.write(bytes_of(on_host))
+                digest.update(bytes_of(on_host))
         file.flush()
         os.fsync(file.fileno())
     return Seal(8 + len(text) + end, digest.hexdigest())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, for as long as it lives.
+
+    Not by way of numpy, after which torch would never again let the tensor's storage give up its memory (engine/offload.py).
+    """
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else memoryview(b"")
 
 
 def damage(path: Path, seal: Seal) -> str | None:

@@ -30,5 +30,6 @@ class PolicyGenerator:
 
     def publish(self) -> None:
         """Give the generator the policy's present weights; costs nothing in place."""
+        self.policy.offload.need("weights")
         self.version += 1
         self.publisher.publish(self.policy.parameters(), self.parameters, version=self.version)

@@ -100,17 +100,20 @@ class ProximalPolicyOptimization(Stage):
 
         # weights -> generator
         with self.phases("reshard"):
+            roles.turn_to("reshard")
             self.generator.publish()
 
         # prompts -> rollouts
         rows = [self.prompts[i] for i in self.order.take(s.batch_size // s.samples_per_prompt) for _ in range(s.samples_per_prompt)]
         with self.phases("generate"):
+            roles.turn_to("generate")
             rollouts = self.rollouts(prompt_batch(rows, pad_id=self.tokenizer.pad_id), number)
         mask = rollouts.response_mask
 
         # rollouts -> experience
         minibatches = [self.minibatch_rows(rollouts.num_rows, number, epoch) for epoch in range(s.epochs)]
         with self.phases("score"):
+            roles.turn_to("score")
             judged = self.judged(rollouts, rows, minibatches[0])
         experience, targets = self.experience(rollouts, judged)
 
@@ -120,12 +123,14 @@ class ProximalPolicyOptimization(Stage):
         policy_steps: list[StepResult] = []
         value_steps: list[StepResult] = []
         with self.phases("update"):
+            roles.turn_to("update")
             for index in itertools.chain(*minibatches):
                 terms = [Term("policy", self.policy_loss(), experience.rows(index)), *self.pretraining_terms()]
                 policy_steps.append(roles.policy.step(terms, learning_rate=policy_rate))
                 if targets is not None:
                     terms = [Term("value", ValueLoss(clip=s.value_clip), targets.rows(index))]
                     value_steps.append(roles.value.step(terms, learning_rate=value_rate))
+            roles.turn_to("average")
             roles.policy.ema.update()
 
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
@@ -137,6 +142,7 @@ class ProximalPolicyOptimization(Stage):
             metrics |= value_metrics(targets.old_values, targets.returns, mask) | step_metrics("value", value_steps, value_rate)
         if s.samples_per_prompt > 1:
             metrics |= group_metrics(judged.scores, group_size=s.samples_per_prompt)
+        metrics |= roles.offload_metrics()
         self.adapt_kl(metrics["rollout/kl"])
         trained = sum(result.tokens for result in (*policy_steps, *value_steps))
         return metrics | self.phases.metrics(generate=int(mask.sum()), update=trained)
@@ -243,6 +249,7 @@ class ProximalPolicyOptimization(Stage):
     def evaluate(self) -> dict[str, float]:
         """Reward and KL on validation prompts and loss on held-out text, of the averaged weights."""
         with self.roles.policy.ema.swapped_in():
+            self.roles.turn_to("evaluate")
             metrics = self.held_out.metrics(self.roles.policy)
             if self.judge is not None:
                 self.generator.publish()

@@ -7,13 +7,27 @@ from dataclasses import dataclass
 
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.tokenizers import Tokenizer
+from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
+from megarlhf.engine.offload import Kind
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlan, ModelPlanner
 from megarlhf.runs.row_lengths import row_lengths
+
+TRAINED: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
+USES: dict[str, dict[str, tuple[Kind, ...]]] = {
+    "reshard": {"policy": ("weights",)},
+    "generate": {"policy": ("weights",)},
+    "score": {"reward": ("weights",), "policy": ("weights",), "reference": ("weights",), "value": ("weights",)},
+    "update": {"policy": TRAINED, "value": TRAINED},
+    "average": {"policy": ("weights", "optimizer", "average")},
+    "evaluate": {"policy": ("weights",)},
+}
+"""Phase of an iteration, or part of one -> role -> what the phase uses of it, in the order of its use. What an evaluation takes beside the
+policy's weights each model sends for itself."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,27 @@ class PpoModels:
     """Where the generator holds its copy of the policy: the policy's own groups when it generates in place."""
     notes: Sequence[str]
     """A line for each model."""
+
+    def turn_to(self, phase: str) -> None:
+        """Let what the phase does not use rest on the host, where that is configured, and send for what it uses, the first first."""
+        engines = self.engines
+        for role, engine in engines.items():
+            engine.offload.rest(but=USES[phase].get(role, ()))
+        for role, kinds in USES[phase].items():
+            if role in engines:
+                engines[role].offload.send_for(*kinds)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The models that there are, by role."""
+        models = {"policy": self.policy, "value": self.value, "reward": self.reward, "reference": self.reference}
+        return {role: engine for role, engine in models.items() if engine is not None}
+
+    def offload_metrics(self) -> dict[str, float]:
+        """"time/offload_seconds": what copies to and from the host made the computation wait since the last call."""
+        if not any(engine.offload.kinds for engine in self.engines.values()):
+            return {}
+        return {"time/offload_seconds": self.generation_groups.side_stream.take_seconds()}
 
     @staticmethod
     def build(config: PpoConfig, run: Run, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
@@ -54,6 +89,7 @@ class PpoModels:
             notes=(*planner.notes, f"generation: {generation}"),
         )
         models.policy.start_ema(config.ppo.ema_decay)
+        models.policy.offload.rest()
         return models
 
 

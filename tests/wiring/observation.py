@@ -10,7 +10,8 @@
 
 and, because no file tells, seen in the program itself as it runs:
 
-    engine/<role>/<what>     how a model was built: precision, recompute, dropout, layout; its weights before the first step
+    engine/<role>/<what>     how a model was built: precision, recompute, dropout, layout; its weights before the first step; what of it has
+                             no memory while responses are sampled
     passes/<role>            [rows, width] of every micro-batch of every pass
     steps/<role>/<term>/...  of every optimizer step: rows, tokens, weight and loss of each term; steps/<role>/rate
     answers/...              [rows, width] of every batch of prompts that were answered, and in what layout for what purpose
@@ -167,6 +168,8 @@ def watched(seen):
 
     def generate(generator, prompts, sampling, **how):
         add(f"answers/{how['purpose']}/layout", str(generator.groups.layout))
+        for engine in kept if how["purpose"] == "ppo rollouts" else ():
+            seen[f"engine/{roles[id(engine)]}/at_rest"] = _at_rest(engine)
         return unwatched_generate(generator, prompts, sampling, **how)
 
     def answer(generator, prompts, *args, **how):
@@ -215,10 +218,11 @@ def watched(seen):
 
 
 def _facts(engine):
+    engine.offload.need("weights")
     config, parameters = engine.transformers[0].config, engine.parameters()
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(parameters):
-        digest.update(name.encode() + parameters[name].detach().float().numpy().tobytes())
+        digest.update(name.encode() + parameters[name].detach().clone().float().numpy().tobytes())
     return {
         "precision": str(next(iter(parameters.values())).dtype),
         "recompute": str(config.recompute_granularity),
@@ -226,6 +230,13 @@ def _facts(engine):
         "layout": str(engine.groups.layout),
         "initial": digest.hexdigest(),
     }
+
+
+def _at_rest(engine):
+    """The kinds whose storages are all empty."""
+    held = {kind: [tensor for tensor in tensors if tensor.numel() > 1] for kind, tensors in engine.held().items()}
+    sizes = {kind: {tensor.untyped_storage().nbytes() for tensor in tensors} for kind, tensors in held.items()}
+    return " ".join(kind for kind, found in sizes.items() if found == {0})
 
 
 # Two observations beside each other

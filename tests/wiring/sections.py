@@ -155,6 +155,12 @@ def computed_cases(key, role, *, moved, base=""):
     ]  # fmt: skip
 
 
+def offload_cases(key, *, base="", **rests):
+    """What rests while responses are sampled: the results are the same to the bit. rests: kind -> what has no memory then."""
+    at_rest = f"engine/{key}/at_rest"
+    return [Case(f"{key}.offload=[{kind}]", at_rest, exact={at_rest: seen}, base=base) for kind, seen in rests.items()]
+
+
 def loaded_cases(key, *, other, moved, base="", average=True, role=None):
     """Where a model's weights come from. other: a run whose model fits in its place."""
     named = role_in_notes(key)
