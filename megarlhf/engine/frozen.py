@@ -14,8 +14,8 @@ from megarlhf.parallel.groups import ModelGroups
 class FrozenEngine(Engine):
     """Forward passes only: no gradients, no gradient buffers, no optimizer state."""
 
-    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int) -> None:
-        super().__init__(spec, groups, micro_batch_size=micro_batch_size)
+    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, micro_batch_tokens: int | None = None) -> None:
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
         for transformer in self.transformers:
             transformer.requires_grad_(False)
 
