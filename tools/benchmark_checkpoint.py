@@ -18,6 +18,7 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Detected an existing checkpoint")  # DCP's, which is replaced in every round
     world = World.connect()
     if world.rank == 0:
         options.folder.mkdir(parents=True)

@@ -81,8 +81,18 @@ run_job() { # run_job [SRUN OPTION...] [CONTAINER COMMAND...] bash LAUNCHER WORD
   trap 'echo "job $SLURM_JOB_ID: SIGTERM; the ranks save and end"' TERM # this shell has to outlive them
   "${step[@]}" || status=$?
   if [ "$status" -eq 75 ]; then
-    echo "job $SLURM_JOB_ID: stopped with everything saved; it goes into the queue again"
-    scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID: it could not be requeued; submit it again to go on" >&2
+    again "stopped with everything saved"
+  elif [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && ! all_nodes_answer; then
+    again "a node of it does not answer"
   fi
   exit "$status"
+}
+
+all_nodes_answer() { # the ranks of a lost node fail the others' within seconds, long before Slurm itself gives the node up
+  timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --gpus-per-node=0 true
+}
+
+again() { # again REASON: the same job, in the queue
+  echo "job $SLURM_JOB_ID: $1; it goes into the queue again"
+  scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID: it could not be requeued; submit it again to go on" >&2
 }

@@ -1,8 +1,9 @@
 """One rank of a world that does not exist: the real program on torch's meta device, whose tensors have sizes and no values.
 
 This is the only place that knows what has to be told to a program that runs so; everything is as before afterwards. What is
-replaced: the device; two questions of megatron and torch about the kind of a tensor's device; the attention kernel, which torch
-chooses by device; how reduce-scatters are sent together; and, in `Meter`, collectives and what the host reads from the device.
+replaced: the device; megatron's scratch buffer; two questions of megatron and torch about the kind of a tensor's device; the
+attention kernel, which torch chooses by device; how reduce-scatters are sent together; and, in `Meter`, collectives and what the
+host reads from the device.
 Host tensors (token rows, masks, row numbers) are real throughout.
 """
 
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -61,6 +63,7 @@ def _replacements() -> list[tuple[object, str, object]]:
         (F, "scaled_dot_product_attention", _attention),
         (linear, "_float32_product", _float32_product),
         (dist, "all_gather_object", _same_everywhere),
+        (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # another world's would be as large as the widest model that it has seen
         (Resharder, "_agree_on_dtypes", _one_dtype),
         (param_and_grad_buffer, "_coalescing_manager", _sent_together),
     ]

@@ -30,7 +30,7 @@ from megarlhf.storage.pieces import Piece, overlaps
 from megarlhf.storage.tensors import LazyTensor, Seal, TensorFile, damage, write_tensors
 
 STATE_FILE = "state.json"
-FORMAT = 2
+FORMAT = 3
 PIECES = "pieces"
 
 
@@ -114,7 +114,7 @@ def finish(path: Path, parts: Iterable[Part], state: Mapping[str, Any], models: 
         "files": {part.file: asdict(part.seal) for part in parts},
         "holders": holders,
     }
-    write_atomically(partial / STATE_FILE, json.dumps({"blake2b": _digest(content), **content}, indent=1))
+    write_atomically(partial / STATE_FILE, json.dumps({"sha256": _digest(content), **content}, indent=1))
     replaced = path.with_name(path.name + ".replaced.partial")
     if path.exists():
         os.replace(path, replaced)
@@ -130,7 +130,7 @@ def read_saved(path: Path) -> Saved:
     content = read_json(path / STATE_FILE)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {content.get('format')}; this version reads format {FORMAT}")
-    identity = content.pop("blake2b", None)
+    identity = content.pop("sha256", None)
     if identity != _digest(content):
         raise ValueError(f"{path / STATE_FILE} is damaged: its content is not what was written (checksum)")
     try:
@@ -193,4 +193,4 @@ class CheckpointReader:
 
 def _digest(content: Mapping[str, Any]) -> str:
     """Of the values, however they are written down."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True, separators=(",", ":")).encode(), digest_size=16).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs launcher/slurm/many_nodes.sbatch on a real Slurm: a tiny reward model on two nodes of two ranks, over gloo. Once to its end,
-# once stopped by SIGUSR1, requeued by itself and gone on to its end, once with a wrong key, which must not be requeued; and once
-# with one task per node, each of which starts torchrun.
+# once stopped by SIGUSR1, requeued by itself and gone on to its end, once with a wrong key, which must not be requeued; once with
+# one task per node, each of which starts torchrun; and once with all that runs on a node killed, its slurmd too, and the node back later.
 #
 #   bash tests/slurm/run.sh [FOLDER]    logs and the run's files go there; a temporary folder, removed if all is well, when left out
 #
@@ -64,6 +64,7 @@ start_cluster() {
   start slurmctld slurmctld -D
   start slurmd1 slurmd -D -N n1
   start slurmd2 slurmd -D -N n2
+  second=${started[-1]}
   wait_for 60 "both nodes" both_idle
 }
 
@@ -83,7 +84,7 @@ words() { # words RUN EPOCHS: what every run is started with
 
 submit() { # submit RUN EPOCHS [WORD...]: prints the job's number
   read -ra words <<<"$(words "$1" "$2")"
-  sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=2 --output="$folder/$1.log" \
+  sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node="${gpus:-2}" --output="$folder/$1.log" \
     launcher/slurm/many_nodes.sbatch "${words[@]}" "${@:3}"
 }
 
@@ -130,4 +131,15 @@ after=$(num_steps requeued)
 grep -q "it goes into the queue again" "$folder/requeued.log"
 [ "$before" -lt "$after" ]
 echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
+job=$(gpus=0 submit lost 400) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
+wait_for 120 "the first steps" has_steps lost 5
+for pid in $(grep -lsz "^SLURMD_NODENAME=n2" /proc/[0-9]*/environ | cut -d / -f 3) "$second"; do kill -KILL "$pid" || true; done
+wait_for 60 "the lost node to be down" sh -c "sinfo --noheader --nodes=n2 --format=%t | grep -q down"
+lost=$(num_steps lost)
+start slurmd2 slurmd -D -N n2
+wait_for 180 "more steps" has_steps lost $((lost + 5))
+grep -q "a node of it does not answer; it goes into the queue again" "$folder/lost.log"
+[ "$(field "$job" Restarts)" = 1 ]
+scancel "$job"
+echo "tests/slurm: a node lost after step $lost, requeued, goes on when it is back: passed"
 good=yes

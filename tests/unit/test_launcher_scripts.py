@@ -199,7 +199,8 @@ FAKES = {
 '--oneliner show') echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 Version=22" ;;
 *) echo "scontrol $*" ;;
 esac""",
-    "srun": 'echo "srun $MASTER_ADDR $MASTER_PORT" "$@"; exit "$FAKE_STATUS"',
+    "srun": """echo "srun $MASTER_ADDR $MASTER_PORT" "$@"
+if [ "$1" = --overlap ]; then exit "$FAKE_ANSWER"; else exit "$FAKE_STATUS"; fi""",
 }
 
 
@@ -212,15 +213,19 @@ def slurm(tmp_path):
     return tmp_path
 
 
+ENDS = [(0, "lost"), (1, "there"), (1, "lost"), (2, "lost"), (75, "there"), (130, "there"), (137, "lost")]
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("ended", [0, 1, 2, 75, 130])
-def test_a_job_meets_at_its_first_node_and_goes_into_the_queue_again_after_75_only(path, ended, slurm):
+@pytest.mark.parametrize(("ended", "nodes"), ENDS)
+def test_a_job_meets_at_its_first_node_and_goes_into_the_queue_again_after_75_or_the_loss_of_a_node(path, ended, nodes, slurm):
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}
-    environment = CONTAINER | job | {"FAKE_STATUS": str(ended)}
+    environment = CONTAINER | job | {"FAKE_STATUS": str(ended), "FAKE_ANSWER": str(int(nodes == "lost"))}
     status, shown, said = run(path, "launcher/ppo_6b.sh", "a=b c", environment=environment, path=slurm)
     assert (status, said) == (ended, "")
     assert shown.splitlines()[0].startswith("srun 10.0.0.7 23456 --label") and shown.splitlines()[0].endswith("launcher/ppo_6b.sh a=b c")
-    assert ("scontrol requeue 123456" in shown) == (ended == 75)
+    assert ("scontrol requeue 123456" in shown) == (ended == 75 or (nodes == "lost" and ended not in (0, 2)))
+    assert ("a node of it does not answer" in shown) == (nodes == "lost" and ended not in (0, 2))
 
 
 def test_a_batch_script_says_how_it_is_submitted():

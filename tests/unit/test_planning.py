@@ -175,6 +175,18 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
     assert "GB are missing" in capsys.readouterr().out
 
 
+def test_a_dry_run_keeps_nothing_for_the_next():
+    small, wide = ({"num_layers": 2, "hidden_size": hidden, "num_heads": 4, "max_seq_len": 512} for hidden in (64, 1024))
+
+    def run(architecture):
+        keys = ["model.parallel={tp: 2, sequence_parallel: true}", f"model.architecture={json.dumps(architecture)}"]
+        return dry_run(run_models(ROOT / "examples/quickstart/pretrain.yaml", keys, {}, 2), 0, 2)
+
+    before, between, after = run(small), run(wide), run(small)
+    assert (before.held, before.peaks, before.parts) == (after.held, after.peaks, after.parts)
+    assert between.peaks["update"]["other"] > 10 * before.peaks["update"]["other"]
+
+
 BIG = {"num_layers": 12, "hidden_size": 2048, "num_heads": 16, "max_seq_len": 1024}
 
 
