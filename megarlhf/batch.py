@@ -46,9 +46,9 @@ class Rows:
             chosen[field.name] = value
         return replace(self, **chosen)
 
-    def to(self: B, device: torch.device) -> B:
-        """The same rows on another device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def packed(self) -> Tensor:
+        """The rows one after the other without their padding: [tokens] int64."""
+        return self.tokens[torch.arange(self.tokens.shape[1]) < self.lengths[:, None]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,8 @@ _KINDS: dict[Head, str] = {"lm": "a language model", "scalar": "a reward model"}
 def _built(config: StageConfig, section: ModelConfig, spec: ModelSpec, world: World) -> FrozenEngine:
     parallel = section.parallel or config.parallel
     layout = world.layout(tp=parallel.tp, pp=parallel.pp, virtual_pp=parallel.virtual_pp, sequence_parallel=parallel.sequence_parallel)
-    return FrozenEngine(spec, world.groups(layout), micro_batch_size=section.micro_batch_size)
+    how = {"micro_batch_size": section.micro_batch_size, "micro_batch_tokens": section.micro_batch_tokens}
+    return FrozenEngine(spec, world.groups(layout), **how)
 
 
 def _require_list(what: str, texts: object) -> None:

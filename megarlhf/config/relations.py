@@ -23,6 +23,7 @@ IDLE: dict[str, dict[str, str]] = {
     "generate": {
         **{f"run.{name}": "generate takes no steps" for name in OF_STEPS},
         "limits.max_response_len": f"{NO_RESPONSES}; sampling.max_new_tokens limits what is sampled",
+        "model.micro_batch_tokens": "sampling.max_batch_size says how many rows are sampled at a time",
         "model.micro_batch_size": "sampling.max_batch_size says how many rows are sampled at a time",
     },
     "evaluate": {f"run.{name}": "evaluate takes no steps" for name in OF_STEPS},

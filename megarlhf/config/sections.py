@@ -125,7 +125,9 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Weights and activations; a trained model keeps float32 master weights (the paper: fp16)."""
     micro_batch_size: Rows = 8
-    """Most rows of one forward pass."""
+    """Most rows of one forward pass; they pass one after the other, without padding."""
+    micro_batch_tokens: Annotated[int, Range(1, 2**24)] | None = None
+    """Most tokens of one forward pass, whatever the number of rows, in place of micro_batch_size; a longer row passes alone."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""

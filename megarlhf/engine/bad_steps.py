@@ -40,6 +40,7 @@ class KeptStep:
     spec: ModelSpec
     layout: ParallelLayout
     micro_batch_size: int
+    micro_batch_tokens: int | None
     seed: int
     """Of the model's dropout."""
     bad: BadStep
@@ -59,6 +60,7 @@ def write_kept(path: Path, bad: BadStep, engine: TrainEngine, *, model: str, ste
         "spec": dataclasses.asdict(engine.spec),
         "layout": dataclasses.asdict(engine.groups.layout),
         "micro_batch_size": engine.micro_batch_size,
+        "micro_batch_tokens": engine.micro_batch_tokens,
         "seed": engine.seed,
         "bad": {key: value for key, value in vars(bad).items() if key != "terms"},
         "terms": [_described(term) for term in bad.terms],

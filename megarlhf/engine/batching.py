@@ -11,17 +11,24 @@ from megarlhf.batch import Rows
 
 
 def micro_batch_rows(
-    batch: Rows, *, dp: int, micro_batch_size: int, minibatches: Sequence[Tensor] | None = None
+    batch: Rows,
+    *,
+    dp: int,
+    micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
+    minibatches: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """Share the rows of a batch over `dp` copies by tokens, each share cut into micro-batches of rows of like length.
 
-    Rows of one group (a prompt's completions) stay in one micro-batch, which may then exceed micro_batch_size. With
-    `minibatches`, row numbers of which each stands in one, every minibatch is shared and cut by itself.
+    A micro-batch holds at most micro_batch_size rows, or where micro_batch_tokens is given, at most so many tokens whatever the
+    number of rows. Rows of one group (a prompt's completions) stay in one micro-batch, which may then exceed both, as a longer row
+    does. With `minibatches`, row numbers of which each stands in one, every minibatch is shared and cut by itself.
 
     Returns: for each copy its micro-batches as row numbers [rows] int64; every row stands in exactly one.
     """
     if minibatches is not None:
-        parts = [micro_batch_rows(batch.rows(index), dp=dp, micro_batch_size=micro_batch_size) for index in minibatches]
+        how = {"dp": dp, "micro_batch_size": micro_batch_size, "micro_batch_tokens": micro_batch_tokens}
+        parts = [micro_batch_rows(batch.rows(index), **how) for index in minibatches]
         whole = [[index[rows] for rows in share] for index, shares in zip(minibatches, parts, strict=True) for share in shares]
         return [[rows for share in whole[copy::dp] for rows in share] for copy in range(dp)]
     lengths = batch.lengths.tolist()
@@ -39,19 +46,21 @@ def micro_batch_rows(
         copy = tokens.index(min(tokens))
         shares[copy].append(unit)
         tokens[copy] += sum(lengths[row] for row in unit)
-    return [_pack(share, micro_batch_size) for share in shares]
+    if micro_batch_tokens is None:
+        return [_pack(share, [1] * len(lengths), micro_batch_size) for share in shares]
+    return [_pack(share, lengths, micro_batch_tokens) for share in shares]
 
 
-def _pack(units: list[list[int]], micro_batch_size: int) -> list[Tensor]:
+def _pack(units: list[list[int]], sizes: list[int], most: int) -> list[Tensor]:
+    """Units one after the other, as many as fit: rows of these `sizes` [rows] have `most` together."""
     packed: list[list[int]] = []
+    filled = 0
     for unit in units:
-        if packed and len(packed[-1]) + len(unit) <= micro_batch_size:
+        size = sum(sizes[row] for row in unit)
+        if packed and filled + size <= most:
             packed[-1].extend(unit)
+            filled += size
         else:
             packed.append(list(unit))
+            filled = size
     return [torch.tensor(rows, dtype=torch.int64) for rows in packed]
-
-
-def padded_positions(batch: Rows, shares: list[list[Tensor]]) -> int:
-    """Positions that the micro-batches of all copies hold: each row as wide as the longest of its micro-batch."""
-    return sum(len(rows) * int(batch.lengths[rows].max()) for share in shares for rows in share)

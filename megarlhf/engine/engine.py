@@ -15,6 +15,7 @@ from megarlhf.engine.terms import Output
 from megarlhf.models.transformer import ModelSpec, Transformer, build_model, named_parameters
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.upload import upload
 
 
 class Engine:
@@ -27,11 +28,20 @@ class Engine:
     weights_change = False
     """Whether anything but building it changes its weights."""
 
-    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, offload: Collection[Kind] = ()) -> None:
-        """Args: offload: what may rest on the host while nothing uses it (see engine/offload.py)."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: ModelGroups,
+        *,
+        micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
+        offload: Collection[Kind] = (),
+    ) -> None:
+        """Args: micro_batch_size, micro_batch_tokens: see `micro_batch_rows`; offload: what may rest on the host while nothing uses it."""
         self.spec = spec
         self.groups = groups
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.transformers: list[Transformer] = build_model(spec, groups)
         self.chunks: list = list(self.transformers)
         """What the schedule runs: the transformers, or their data-parallel wrappers."""
@@ -44,6 +54,11 @@ class Engine:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Canonical name -> this rank's shard."""
         return named_parameters(self.transformers, self.groups)
+
+    def shares(self, batch: Rows, *, minibatches: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
+        """For each copy the micro-batches in which it computes `batch`, as row numbers: see `micro_batch_rows`."""
+        how = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        return micro_batch_rows(batch, dp=self.groups.layout.dp, minibatches=minibatches, **how)
 
     def logprobs(
         self, batch: Rows, positions: Tensor, *, temperature: float = 1.0, minibatches: Sequence[Tensor] | None = None
@@ -79,8 +94,7 @@ class Engine:
         self.offload.need("weights")
         for chunk in self.chunks:
             chunk.eval()
-        dp, size = self.groups.layout.dp, self.micro_batch_size
-        shares = micro_batch_rows(batch, dp=dp, micro_batch_size=size, minibatches=minibatches)
+        shares = self.shares(batch, minibatches=minibatches)
         mine = padded_share(shares[self.groups.coordinates.dp], self.groups)
         pieces = [batch.rows(index) for index in mine]
 
@@ -92,7 +106,7 @@ class Engine:
             wanted = None if positions is None else positions[index][:, : piece.tokens.shape[1] - 1]
             return loss, (index, self.output(model, hidden, piece, output, wanted, temperature))
 
-        results = run_schedule(self.transformers, self.groups, [piece.tokens for piece in pieces], compute, backward=False)
+        results = run_schedule(self.transformers, self.groups, pieces, compute, backward=False)
         return self._gathered([result for result in results if result is not None], batch, output)
 
     def _gathered(self, results: list[tuple[Tensor, Tensor]], batch: Rows, output: str) -> Tensor:
@@ -111,21 +125,26 @@ class Engine:
     def output(
         self, model: Transformer, hidden: Tensor, piece: Rows, output: Output, positions: Tensor | None, temperature: float
     ) -> Tensor:
-        """One micro-batch's output from the last hidden states [seq, rows, h]: see `Loss.output` for the shapes.
+        """One micro-batch's output from the packed rows' last hidden states [tokens (/ tp), 1, h]: see `Loss.output` for the shapes.
 
         `piece` and `positions` are on the host.
         """
         if output == "logprobs":
-            return self._predictions(model, hidden, piece.tokens, positions, temperature)[0]
+            return self._predictions(model, hidden, piece, positions, temperature)[0]
         if output == "logprobs and entropy":
-            return self._predictions(model, hidden, piece.tokens, positions, temperature, entropy_too=True)
-        values = model.scalars(hidden)  # [rows, seq]
+            return self._predictions(model, hidden, piece, positions, temperature, entropy_too=True)
+        values = model.scalars(hidden)  # [tokens]
+        starts = _starts(piece)
         if output == "scores":
-            return values.gather(1, (piece.lengths - 1).to(values.device).unsqueeze(1)).squeeze(1)
-        return torch.where(positions.to(values.device), values[:, : piece.tokens.shape[1] - 1], 0.0)
+            (last,) = upload([starts + piece.lengths - 1], hidden.device)
+            return values.index_select(0, last)
+        rows, width = positions.shape
+        row, column = positions.nonzero(as_tuple=True)
+        source, target = upload([starts[row] + column, row * width + column], hidden.device)
+        return torch.zeros(rows * width, device=hidden.device).index_copy(0, target, values.index_select(0, source)).view(rows, width)
 
     def _predictions(
-        self, model: Transformer, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float, *, entropy_too: bool = False
+        self, model: Transformer, hidden: Tensor, piece: Rows, positions: Tensor, temperature: float, *, entropy_too: bool = False
     ) -> Tensor:
         """[1, rows, seq - 1] log-probabilities, or [2, ...] with entropies; only the wanted positions pass through the vocabulary.
 
@@ -133,14 +152,19 @@ class Engine:
         """
         rows, width = positions.shape
         row, column = positions.nonzero(as_tuple=True)
-        lookups = torch.stack([column * rows + row, row * width + column, tokens[row, column + 1]])
-        source, target, wanted = lookups.to(hidden.device)
-        chosen = model.full_hidden(hidden).flatten(0, 1).index_select(0, source)  # [wanted, h]
+        lookups = [_starts(piece)[row] + column, row * width + column, piece.tokens[row, column + 1]]
+        source, target, wanted = upload(lookups, hidden.device)
+        chosen = model.full_hidden(hidden).squeeze(1).index_select(0, source)  # [wanted, h]
         how = {"vocab_size": self.spec.architecture.vocab_size, "temperature": temperature}
         logprobs, entropy = model.predictions(chosen, wanted, entropy_too=entropy_too, **how)
         found = torch.stack([logprobs, entropy]) if entropy_too else logprobs.unsqueeze(0)
         whole = torch.zeros(len(found), rows * width, device=hidden.device)
         return whole.index_copy(1, target, found).view(-1, rows, width)
+
+
+def _starts(piece: Rows) -> Tensor:
+    """[rows]: where each row begins among the packed tokens."""
+    return piece.lengths.cumsum(0) - piece.lengths
 
 
 def padded_share(micro_batches: Sequence[Tensor], groups: ModelGroups) -> list[Tensor]:

@@ -15,8 +15,16 @@ from megarlhf.storage.tensors import bytes_of
 class FrozenEngine(Engine):
     """Forward passes only: no gradients, no gradient buffers, no optimizer state."""
 
-    def __init__(self, spec: ModelSpec, groups: ModelGroups, *, micro_batch_size: int, offload: Collection[Kind] = ()) -> None:
-        super().__init__(spec, groups, micro_batch_size=micro_batch_size, offload=offload)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: ModelGroups,
+        *,
+        micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
+        offload: Collection[Kind] = (),
+    ) -> None:
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens, offload=offload)
         for transformer in self.transformers:
             transformer.requires_grad_(False)
 

@@ -11,18 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
+from megarlhf.batch import Rows
+from megarlhf.models.attention import positions_in_rows
 from megarlhf.models.transformer import Transformer
 from megarlhf.parallel.collectives import sum_over_holders
 from megarlhf.parallel.groups import ModelGroups
+from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.pipeline import Shape, StageCommunicator
+from megarlhf.parallel.upload import upload
 
 Result = TypeVar("Result")
 Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
-"""(last chunk, its hidden states [seq, batch, h], number of the micro-batch) -> (loss scalar, whatever is wanted of it)."""
+"""(last chunk, its hidden states [tokens (/ tp), 1, h], number of the micro-batch) -> (loss scalar, whatever is wanted of it)."""
 
 
 def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +45,7 @@ def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **
 def run_schedule(
     chunks: list,
     groups: ModelGroups,
-    tokens: Sequence[Tensor],
+    micro_batches: Sequence[Rows],
     compute: Compute,
     *,
     backward: bool,
@@ -49,21 +54,22 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism when backward.
-        tokens: [batch_i, seq_i] int64 of each micro-batch; at least one, and the same number on all stages of a copy.
+        micro_batches: rows on the host, which pass packed: at least one micro-batch, and the same number on all stages of a copy.
         compute: called on the last stage for each micro-batch, in order.
 
     Returns: the results of compute on the last stage, an empty list elsewhere.
     """
     config = chunks[0].config
     results: list[Result] = []
-    numbers = [iter(range(len(tokens))) for _ in chunks]
-    shapes = [_hidden_shape(rows, groups, config.hidden_size) for rows in tokens]
+    numbers = [iter(range(len(micro_batches))) for _ in chunks]
+    packed = [_pack(rows, groups.layout) for rows in micro_batches]
+    split = groups.layout.tp if groups.layout.sequence_parallel else 1
+    shapes = [(len(tokens) // split, 1, config.hidden_size) for tokens, _, _ in packed]
+    tokens, positions = (upload(column, groups.device) for column in list(zip(*packed, strict=True))[:2])
 
     def forward_step(numbers_of_chunk: Any, model: Any, *unused: Any) -> tuple[Tensor, Callable]:
         number = next(numbers_of_chunk)
-        rows = _pad_for_sequence_parallel(tokens[number].to(groups.device), groups)
-        positions = torch.arange(rows.shape[1], device=rows.device)[None].expand(rows.shape[0], -1)
-        hidden = model(rows, positions, None)
+        hidden = model(tokens[number][None], positions[number][None], packed[number][2])
         assert hidden.shape == shapes[number], f"micro-batch {number}: hidden states {list(hidden.shape)}, expected {list(shapes[number])}"
         transformer = model if isinstance(model, Transformer) else model.module
 
@@ -86,9 +92,9 @@ def run_schedule(
         forward_step_func=forward_step,
         data_iterator=numbers if interleaved else numbers[0],
         model=chunks if interleaved else [chunks[0]],
-        num_microbatches=len(tokens),
-        seq_length=max(rows.shape[1] for rows in tokens),
-        micro_batch_size=tokens[0].shape[0],
+        num_microbatches=len(micro_batches),
+        seq_length=max(len(row) for row in tokens),
+        micro_batch_size=1,
         forward_only=not backward,
         pg_collection=groups.collection(tied_embeddings=_tied(chunks[0])),
         p2p_communicator=communicator,
@@ -117,21 +123,19 @@ def _communicator(
     )
 
 
-def _hidden_shape(rows: Tensor, groups: ModelGroups, hidden_size: int) -> Shape:
-    """[seq (/ tp), batch, h] of one micro-batch's hidden states as they pass between stages."""
-    batch, width = rows.shape
-    if groups.layout.sequence_parallel:
-        width = -(-width // groups.layout.tp)
-    return width, batch, hidden_size
+def padding_behind(num_tokens: int, layout: ParallelLayout) -> int:
+    """Tokens behind a micro-batch of `num_tokens`: sequence parallelism splits it evenly over tp."""
+    return -num_tokens % layout.tp if layout.sequence_parallel else 0
+
+
+def _pack(rows: Rows, layout: ParallelLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens [n], each one's position in its row [n], lengths of the rows) of a micro-batch; padding is a row behind the others."""
+    tokens, lengths = rows.packed(), rows.lengths
+    if padding := padding_behind(len(tokens), layout):
+        tokens, lengths = F.pad(tokens, (0, padding)), torch.cat([lengths, lengths.new_tensor([padding])])
+    return tokens, positions_in_rows(lengths), lengths
 
 
 def _tied(chunk: Any) -> bool:
     transformer = chunk if isinstance(chunk, Transformer) else chunk.module
     return transformer.share_embeddings_and_output_weights
-
-
-def _pad_for_sequence_parallel(rows: Tensor, groups: ModelGroups) -> Tensor:
-    """Widen [batch, seq] to a multiple of tp where the sequence is split along tp; the causal mask keeps it harmless."""
-    if not groups.layout.sequence_parallel:
-        return rows
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % groups.layout.tp))

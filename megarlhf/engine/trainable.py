@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from megarlhf.batch import Rows
-from megarlhf.engine.batching import micro_batch_rows, padded_positions
 from megarlhf.engine.ema import ExponentialMovingAverage
 from megarlhf.engine.engine import Engine, padded_share
 from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
-from megarlhf.engine.schedule import run_schedule, sum_gradients
+from megarlhf.engine.schedule import padding_behind, run_schedule, sum_gradients
 from megarlhf.engine.terms import Term
 from megarlhf.models.transformer import ModelSpec, Transformer
 from megarlhf.parallel.collectives import any_rank, sum_over_copies
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import seed_dropout
+from megarlhf.parallel.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class StepResult(UpdateResult):
     tokens: int
     """Real tokens that went through the trunk, over all terms and copies."""
     positions: int
-    """The same with each row padded to the longest of its micro-batch."""
+    """The same with what sequence parallelism adds to each micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,10 @@ class TrainEngine(Engine):
         micro_batch_size: int,
         adam: AdamSettings,
         seed: int,
+        micro_batch_tokens: int | None = None,
         offload: Collection[Kind] = (),
     ) -> None:
-        super().__init__(spec, groups, micro_batch_size=micro_batch_size, offload=offload)
+        super().__init__(spec, groups, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens, offload=offload)
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
@@ -138,7 +139,7 @@ class TrainEngine(Engine):
                 return hidden.float().sum() * 0.0, None
             loss = piece.term.loss
             output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
-            total, stats = loss(output, piece.batch.to(hidden.device))
+            total, stats = loss(output, _uploaded(piece.batch, hidden.device))
             assert tuple(stats) == loss.stats
             flat = [total.detach(), *(value for pair in stats.values() for value in pair)]
             totals[piece.term.name] += torch.stack([value.float().reshape(()) for value in flat])
@@ -147,7 +148,7 @@ class TrainEngine(Engine):
         self.offload.send_for("weights", "gradients", "optimizer")
         self.offload.need("weights", "gradients")
         self.optimizer.zero_grad()
-        run_schedule(self.chunks, self.groups, [_tokens(piece) for piece in pieces], compute, backward=True)
+        run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
         self.offload.need("optimizer")
         update = self.optimizer.step(learning_rate)
         losses, stats = self._summed(terms, totals)
@@ -158,7 +159,7 @@ class TrainEngine(Engine):
             losses=losses,
             stats=stats,
             tokens=sum(int(term.batch.lengths.sum()) for term in terms),
-            positions=sum(padded_positions(term.batch, self._shares(term)) for term in terms),
+            positions=sum(self._positions(term) for term in terms),
         )
 
     def _note_bad_step(self, terms: Sequence[Term], losses: dict[str, float], update: UpdateResult) -> None:
@@ -167,14 +168,15 @@ class TrainEngine(Engine):
             before = self.optimizer.updates - (not update.skipped)
             self.bad_step = BadStep(terms=terms, steps=self.steps, updates=before, loss_scale=update.loss_scale_used)
 
-    def _shares(self, term: Term) -> list[list[Tensor]]:
-        return micro_batch_rows(term.batch, dp=self.groups.layout.dp, micro_batch_size=self.micro_batch_size)
+    def _positions(self, term: Term) -> int:
+        tokens = [int(term.batch.lengths[rows].sum()) for share in self.shares(term.batch) for rows in share]
+        return sum(number + padding_behind(number, self.groups.layout) for number in tokens)
 
     def _pieces(self, term: Term) -> list[_Piece]:
         divisor = term.loss.count(term.batch)
         if divisor == 0:
             raise ValueError(f"the {term.name} term has nothing to learn from: none of its {term.batch.num_rows} rows counts in the loss")
-        mine = self._shares(term)[self.groups.coordinates.dp]
+        mine = self.shares(term.batch)[self.groups.coordinates.dp]
         real = [_Piece(term, term.batch.rows(index), divisor) for index in mine]
         idle = [_Piece(term, None, divisor)] * (len(padded_share(mine, self.groups)) - len(mine))
         return real + idle
@@ -192,6 +194,13 @@ class TrainEngine(Engine):
         return losses, stats
 
 
-def _tokens(piece: _Piece) -> Tensor:
-    return piece.batch.tokens if piece.batch is not None else piece.term.batch.tokens[:1, :2]
+def _uploaded(batch: Rows, device: torch.device) -> Rows:
+    names = [field.name for field in fields(batch)]
+    return replace(batch, **dict(zip(names, upload([getattr(batch, name) for name in names], device), strict=True)))
 
+
+def _rows(piece: _Piece) -> Rows:
+    """Of an idle micro-batch: two tokens."""
+    if piece.batch is not None:
+        return piece.batch
+    return Rows(tokens=piece.term.batch.tokens[:1, :2], lengths=torch.tensor([2]))

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
-from megarlhf.models.attention import SdpaAttention
+from megarlhf.models.attention import SdpaAttention, packed_rows_of_layers
 from megarlhf.models.linear import ColumnLinear, RowLinear, float32_product
 from megarlhf.models.norm import Norm
 from megarlhf.models.parallel_residual import ParallelResidualLayer
@@ -93,12 +93,12 @@ class Transformer(GPTModel):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     def scalars(self, hidden: Tensor) -> Tensor:
-        """Trunk output [seq (/ tp), batch, h] -> [batch, seq] float32 from the scalar head."""
+        """Packed trunk output [tokens (/ tp), 1, h] -> [tokens] float32 from the scalar head."""
         values = self.scalar_head(hidden)
         if self.config.sequence_parallel:
             group = self.pg_collection.tp
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=group)
-        return values.transpose(0, 1)
+        return values.squeeze(1)
 
 
 def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
@@ -161,7 +161,7 @@ def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     rotary = Rotary(spec.architecture) if spec.architecture.positions == "rotary" else None
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
-    attention.core_attention = functools.partial(SdpaAttention, rotary=rotary)
+    attention.core_attention = functools.partial(SdpaAttention, rotary=rotary, packed_rows=packed_rows_of_layers())
     if spec.architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     if spec.architecture.parallel_residual:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarlhf.batch import Rows
-from megarlhf.engine.batching import micro_batch_rows
 from megarlhf.engine.engine import Engine, padded_share
 from megarlhf.engine.terms import Term
 from megarlhf.engine.trainable import TrainEngine
@@ -126,8 +125,8 @@ class Recorder:
         """Time a forward pass over `rows`: `call(engine, n)` runs it over the first n of them."""
         engine = self.engines[role]
         self._use_engine(role)
-        dp, size = engine.groups.layout.dp, engine.micro_batch_size
-        total = len(_share(rows, engine))
+        dp, share = engine.groups.layout.dp, _share(rows, engine)
+        total, size = len(share), len(share[0])
         few = min(total, 2 * _unit(engine))
         before = self.meter.cost.copy()
         call(engine, min(rows.num_rows, few * size * dp))
@@ -217,8 +216,7 @@ def _unit(engine: Engine) -> int:
 
 
 def _share(rows: Rows, engine: Engine) -> list[Tensor]:
-    layout = engine.groups.layout
-    return padded_share(micro_batch_rows(rows, dp=layout.dp, micro_batch_size=engine.micro_batch_size)[0], engine.groups)
+    return padded_share(engine.shares(rows)[0], engine.groups)
 
 
 def tags_by_kind(peak: dict[str, int]) -> Counter:

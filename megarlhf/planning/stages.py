@@ -10,7 +10,7 @@ import torch
 
 from megarlhf.batch import Experience
 from megarlhf.config.ppo import PpoConfig
-from megarlhf.config.sections import LimitsConfig, SamplingConfig
+from megarlhf.config.sections import LimitsConfig, ModelConfig, SamplingConfig
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.evaluation.responses import generator_of
@@ -70,18 +70,21 @@ def _save(recorder: Recorder) -> None:
 def _pretrain(models: RunModels, world: World, recorder: Recorder) -> None:
     config = models.config
     loss = LanguageModelLoss()
-    batch = Batch(lambda n: Term("model", loss, rows.text(n, config.data.seq_len)), config.batch_size, config.model.micro_batch_size)
+    size = _rows_at_once(config.model, config.data.seq_len)
+    batch = Batch(lambda n: Term("model", loss, rows.text(n, config.data.seq_len)), config.batch_size, size)
     _train_alone(models, world, recorder, [batch])
 
 
 def _sft(models: RunModels, world: World, recorder: Recorder) -> None:
-    config, loss, size = models.config, LanguageModelLoss(), models.config.model.micro_batch_size
+    config, loss = models.config, LanguageModelLoss()
     lengths = _lengths(config.limits)
+    size = _rows_at_once(config.model, sum(lengths))
     batches = [Batch(lambda n: Term("model", loss, rows.demonstrations(n, *lengths)), config.batch_size, size)]
     if mix := config.pretraining_mix:
         seq_len = config.data.pretraining.seq_len
         num_rows = max(1, round(mix * config.batch_size))
-        batches.append(Batch(lambda n: Term("pretraining", loss, rows.text(n, seq_len), weight=mix), num_rows, size))
+        at_once = _rows_at_once(config.model, seq_len)
+        batches.append(Batch(lambda n: Term("pretraining", loss, rows.text(n, seq_len), weight=mix), num_rows, at_once))
     _train_alone(models, world, recorder, batches, dropout=config.dropout)
     if config.reward is None:
         return
@@ -97,7 +100,8 @@ def _reward(models: RunModels, world: World, recorder: Recorder) -> None:
     config = models.config
     width, completions = sum(_lengths(config.limits)), config.model.micro_batch_size
     make = lambda n: Term("reward", RankingLoss(), rows.rankings(n, completions, width))  # noqa: E731
-    _train_alone(models, world, recorder, [Batch(make, config.batch_size, 1)])
+    at_once = max(1, (config.model.micro_batch_tokens or 0) // (completions * width))
+    _train_alone(models, world, recorder, [Batch(make, config.batch_size, at_once)])
 
 
 def _train_alone(models: RunModels, world: World, recorder: Recorder, batches: list[Batch], *, dropout: float = 0.0) -> None:
@@ -141,7 +145,7 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
 
 def _ppo_batches(config: PpoConfig, lengths: tuple[int, int]) -> dict[str, list[Batch]]:
     """What one optimizer step of each trained model takes."""
-    s, size = config.ppo, config.policy.micro_batch_size
+    s, size = config.ppo, _rows_at_once(config.policy, sum(lengths))
     policy_loss = PolicyLoss(
         clip=s.clip,
         temperature=config.generation.sampling.temperature,
@@ -155,11 +159,11 @@ def _ppo_batches(config: PpoConfig, lengths: tuple[int, int]) -> dict[str, list[
     if s.ptx_coef:
         seq_len = config.data.pretraining.seq_len
         make = lambda n: Term("ptx", text_loss, rows.text(n, seq_len), weight=s.ptx_coef)  # noqa: E731
-        policy.append(Batch(make, s.ptx_ratio * s.minibatch_size, size))
+        policy.append(Batch(make, s.ptx_ratio * s.minibatch_size, _rows_at_once(config.policy, seq_len)))
     if config.value is None:
         return {"policy": policy}
     make_value = lambda n: Term("value", value_loss, rows.value_targets(n, *lengths))  # noqa: E731
-    return {"policy": policy, "value": [Batch(make_value, s.minibatch_size, config.value.micro_batch_size)]}
+    return {"policy": policy, "value": [Batch(make_value, s.minibatch_size, _rows_at_once(config.value, sum(lengths)))]}
 
 
 def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, temperature: float) -> None:
@@ -221,6 +225,11 @@ def _generate(
 
 
 _GOES_ON = 2**30
+
+
+def _rows_at_once(model: ModelConfig, width: int) -> int:
+    """Rows of `width` tokens in one micro-batch."""
+    return model.micro_batch_size if model.micro_batch_tokens is None else max(1, model.micro_batch_tokens // width)
 
 
 def _lengths(limits: LimitsConfig) -> tuple[int, int]:

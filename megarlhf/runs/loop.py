@@ -221,7 +221,7 @@ def step_metrics(role: str, results: list[StepResult], learning_rate: float) -> 
         metrics.update(result.stats)
         metrics.add(f"{role}/grad_norm", result.grad_norm)
         metrics.add(f"{role}/skipped_steps", float(result.skipped))
-        metrics.add(f"throughput/{role}_padding_share", result.positions - result.tokens, result.positions)
+        metrics.add(f"throughput/{role}_padding_fraction", result.positions - result.tokens, result.positions)
     metrics.set(f"{role}/learning_rate", learning_rate)
     metrics.set(f"{role}/loss_scale", results[-1].loss_scale)
     return metrics.means()

@@ -74,9 +74,9 @@ class ModelPlan:
 
     def frozen(self, world: World) -> FrozenEngine:
         """The model for forward passes, its weights unset."""
-        return FrozenEngine(
-            self.spec(), world.groups(self.layout), micro_batch_size=self.config.micro_batch_size, offload=self.offload
-        )
+        c = self.config
+        how = {"micro_batch_size": c.micro_batch_size, "micro_batch_tokens": c.micro_batch_tokens, "offload": self.offload}
+        return FrozenEngine(self.spec(), world.groups(self.layout), **how)
 
     def trained(self, world: World, *, seed: int, dropout: float = 0.0) -> TrainEngine:
         """The model with a new optimizer, its weights unset."""
@@ -85,6 +85,7 @@ class ModelPlan:
             self.spec(dropout=dropout),
             world.groups(self.layout),
             micro_batch_size=self.config.micro_batch_size,
+            micro_batch_tokens=self.config.micro_batch_tokens,
             adam=adam_settings(self.config.adam),
             seed=seed,
             offload=self.offload,

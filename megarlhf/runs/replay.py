@@ -124,8 +124,8 @@ def layout_here(wanted: ParallelLayout, world: World) -> ParallelLayout:
 
 def build(kept: KeptStep, saved: Saved, name: str, layout: ParallelLayout, world: World) -> TrainEngine:
     """The model that took the step, with the weights of a checkpoint; a collective of the world."""
-    how = {"micro_batch_size": kept.micro_batch_size, "adam": AdamSettings(clip_grad=None), "seed": kept.seed}
-    engine = TrainEngine(kept.spec, world.groups(layout), **how)
+    how = {"micro_batch_size": kept.micro_batch_size, "micro_batch_tokens": kept.micro_batch_tokens, "seed": kept.seed}
+    engine = TrainEngine(kept.spec, world.groups(layout), adam=AdamSettings(clip_grad=None), **how)
     initialize(engine.transformers, engine.spec, engine.groups, seed=kept.seed, names=missing_from(saved, name, engine))
     engine.optimizer.adopt_parameters()
     load_weights(saved, name, engine)

@@ -230,12 +230,13 @@ def check_counts_and_entropy(axes):
     engine = build("gpt2", world.groups(world.layout(**axes)), micro_batch_size=1)
     batch, text = experience(), texts()
     result = engine.step([Term("policy", PolicyLoss(clip=0.2), batch), Term("ptx", LanguageModelLoss(), text)], learning_rate=0.0)
-    assert result.tokens == result.positions == int(batch.lengths.sum() + text.lengths.sum())  # rows alone need no padding
+    assert result.tokens == int(batch.lengths.sum() + text.lengths.sum())
+    split = engine.groups.layout.tp if engine.groups.layout.sequence_parallel else 1
+    assert result.positions == sum(-(-length // split) * split for length in [*batch.lengths.tolist(), *text.lengths.tolist()])
     engine.micro_batch_size = 100
-    padded = engine.step([Term("policy", PolicyLoss(clip=0.2), batch)], learning_rate=0.0)
-    if engine.groups.layout.dp == 1:
-        assert padded.positions == batch.num_rows * int(batch.lengths.max())
-    assert padded.tokens == int(batch.lengths.sum()) < padded.positions
+    packed = engine.step([Term("policy", PolicyLoss(clip=0.2), batch)], learning_rate=0.0)
+    assert packed.tokens == int(batch.lengths.sum())
+    assert packed.tokens <= packed.positions <= packed.tokens + (split - 1) * engine.groups.layout.dp
     return result.stats["policy/entropy"]
 
 

@@ -28,7 +28,7 @@ MIXED = {
 }
 INTERLEAVED = {
     "policy": {"parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True}, "recompute": "selective"},
-    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full"},
+    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full", "micro_batch_tokens": 150},
     "reward": {"parallel": {"tp": 1, "pp": 4}},
     "reference": {"parallel": {"tp": 1}},
 }

@@ -410,11 +410,11 @@ def test_every_metric_is_documented(recipe):
     missing = [name for name in written if "/" in name and not any(re.fullmatch(pattern, name) for pattern in patterns)]
     assert not missing
     expected = {"policy/entropy", "rollout/kl_k3", "rollout/return_std", "rollout/value_mean", "throughput/generate_tokens_per_second"}
-    expected |= {"throughput/policy_padding_share", "throughput/step_tokens_per_second", "memory/peak_bytes"}
+    expected |= {"throughput/policy_padding_fraction", "throughput/step_tokens_per_second", "memory/peak_bytes"}
     assert expected <= written
     for stage, role in (("base", "model"), ("sft", "model"), ("reward", "reward"), ("ppo", "value")):
         for line in lines_of(recipe / "runs" / stage / "metrics.jsonl"):
-            assert 0 <= line[f"throughput/{role}_padding_share"] < 1
+            assert 0 <= line[f"throughput/{role}_padding_fraction"] < 1
     for line in lines_of(recipe / "runs" / "ppo" / "metrics.jsonl"):
         assert line["rollout/kl_k3"] >= 0 and 0 < line["policy/entropy"] < math.log(400) and line["rollout/return_std"] > 0
 

@@ -78,6 +78,7 @@ VALUES = [
     ("sft", "model.adam.learning_rate=fast", 'model.adam.learning_rate: expected float, got "fast"'),
     ("sft", "model.adam.clip_grad=-1", "model.adam.clip_grad must be above 0, got -1"),
     ("sft", "model.micro_batch_size=0", "model.micro_batch_size must be at least 1, got 0"),
+    ("sft", "model.micro_batch_tokens=0", "model.micro_batch_tokens must be at least 1, got 0"),
     ("sft", "model.precision=fp8", 'model.precision: expected "fp32" | "bf16" | "fp16", got "fp8"'),
     ("sft", "model.recompute=ful", 'got "ful"; did you mean "full"?'),
     ("sft", "epochs=0", "epochs must be at least 1, got 0"),

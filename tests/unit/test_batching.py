@@ -33,6 +33,17 @@ def test_shares_are_balanced_and_micro_batches_hold_rows_of_like_length():
         assert lengths == sorted(lengths, reverse=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 60, 200, 10**6])
+def test_micro_batches_are_filled_up_to_their_tokens(tokens):
+    batch = ragged(64)
+    shares = micro_batch_rows(batch, dp=2, micro_batch_size=1, micro_batch_tokens=tokens)
+    assert sorted(row for share in shares for rows in share for row in rows.tolist()) == list(range(64))
+    for share in shares:
+        sums = [int(batch.lengths[rows].sum()) for rows in share]
+        assert all(total <= tokens or len(rows) == 1 for total, rows in zip(sums, share, strict=True))
+        assert all(total + int(batch.lengths[following[0]]) > tokens for total, following in zip(sums, share[1:], strict=False))
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 9])
 def test_a_prompts_completions_are_never_parted(micro_batch_size):
     generator = torch.Generator().manual_seed(1)

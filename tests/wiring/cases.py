@@ -301,6 +301,7 @@ GENERATE = [
     *tokenizer_cases(loads="model"),
     *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*", passes=False),
     Case("model.micro_batch_size=2", "said/megarlhf_generate"),
+    Case("model.micro_batch_tokens=40", "said/megarlhf_generate"),
     Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts", may="* inputs/* said/*"),
     *limits_cases(responses=False, file="prompts"),
     Case("limits.max_response_len=30", "said/megarlhf_generate"),

@@ -152,7 +152,7 @@ def watched(seen):
 
     def schedule(run):
         def run_schedule(chunks, groups, rows, *args, **how):
-            add(f"passes/{roles.get(id(chunks[0]))}", tuple(tuple(tokens.shape) for tokens in rows))
+            add(f"passes/{roles.get(id(chunks[0]))}", tuple(tuple(micro_batch.lengths.tolist()) for micro_batch in rows))
             return run(chunks, groups, rows, *args, **how)
 
         return run_schedule

@@ -151,7 +151,9 @@ def computed_cases(key, role, *, moved, base=""):
     return [
         Case(f"{key}.precision=bf16", f"engine/{named}/precision said/{named}", may=f"engine/{named}/initial {moved}", base=base,
              exact={f"engine/{named}/precision": "torch.bfloat16"}),
-        Case(f"{key}.micro_batch_size=2", f"passes/{named}", rounding="* stdout", may="metrics/throughput/*_padding_share", base=base),
+        Case(f"{key}.micro_batch_size=2", f"passes/{named}", rounding="* stdout", may="metrics/throughput/*_padding_fraction", base=base),
+        Case(f"{key}.micro_batch_tokens=40", f"passes/{named}", rounding="* stdout", may="metrics/throughput/*_padding_fraction",
+             base=base),
     ]  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def frozen_cases(key, *, other, moved, base="", average=True, passes=True):
     return [
         *loaded_cases(key, other=other, moved=moved, base=base, average=average),
         refused(f"{key}.architecture={_yaml(given)} {key}.load=null", f"{key}.architecture would give random weights", base=base),
-        *computed_cases(key, role_in_notes(key), moved=moved, base=base)[: 2 if passes else 1],
+        *computed_cases(key, role_in_notes(key), moved=moved, base=base)[: 3 if passes else 1],
     ]
 
 
