@@ -23,6 +23,7 @@ from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.groups import ModelGroups, World
 from megarlhf.planning.holdings import bytes_held, holdings
 from megarlhf.planning.meter import Axis, Cost, Meter
+from megarlhf.trainers.ppo_models import PpoModels
 
 AXES = ("world", "outputs", "copy", "dp", "pp_back", "pp", "embeddings", "tp")
 """Process groups of a model; where two have the same ranks the later name stands."""
@@ -56,6 +57,8 @@ class RankRun:
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)
     """Phase -> tag -> bytes when most was live."""
     parts: list[Part] = field(default_factory=list)
+    host_bytes: int = 0
+    """Host memory for what rests there between uses."""
 
     def peak(self, phase: str) -> int:
         """The most bytes live at once in a phase."""
@@ -136,6 +139,7 @@ class Recorder:
     def warm_up(self, role: str, batches: Sequence[Batch]) -> Cost:
         """A first, small step, which makes the moments; returns what its forward and backward passes cost."""
         engine = self._trained(role)
+        engine.offload.need(*engine.offload.kinds)  # so that these copies are not taken for the passes'
         unit = _unit(engine)
         passes, _, _ = self._step(engine, [batch.make(self._units(engine, batch, unit)) for batch in batches])
         self._name_holdings()
@@ -163,6 +167,14 @@ class Recorder:
             Part(phase, role, "gradient sums", finalize.scaled(steps)),
             Part(phase, role, "optimizer", update.scaled(steps)),
         ]
+
+    def turn_to(self, phase: str, models: PpoModels, *, part_of: str | None = None) -> None:
+        """Between two phases: what the next does not use goes to the host, what it uses comes back."""
+        before = self.meter.cost.copy()
+        models.turn_to(phase)
+        if any(engine.offload.kinds for engine in self.engines.values()):
+            self.run.parts.append(Part(part_of or phase, "policy", f"offload before {phase}", self.meter.cost - before))
+            self.run.host_bytes = sum(engine.offload.host_bytes for engine in self.engines.values())
 
     def once(self, phase: str, role: str, what: str, call: Callable[[], object]) -> None:
         """Time what is done once in a step."""

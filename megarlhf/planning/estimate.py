@@ -9,7 +9,7 @@ from megarlhf.planning.dry_run import Part
 from megarlhf.planning.hardware import CALL_SECONDS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
 from megarlhf.planning.meter import Cost, Link
 
-TERMS = ("compute", "memory", "inside nodes", "between nodes", "kernel starts", "bubble")
+TERMS = ("compute", "memory", "inside nodes", "between nodes", "host link", "kernel starts", "bubble")
 RING = {"allreduce": 2.0, "allgather_base": 1.0, "allgather": 1.0, "reduce_scatter_base": 1.0, "reduce_scatter": 1.0}
 """Operation -> how often a ring sends (n - 1) / n of its bytes (Patarasuk and Yuan 2009); others send all of theirs once."""
 
@@ -22,6 +22,7 @@ def seconds_of(cost: Cost, cluster: Cluster) -> Counter:
     seconds = Counter({"memory": cost.other_bytes / bandwidth})
     seconds["compute" if arithmetic >= operands else "memory"] += max(arithmetic, operands)
     seconds["kernel starts"] = max(0.0, KERNEL_SECONDS * cost.kernels - sum(seconds.values()))
+    seconds["host link"] = cost.host_bytes / (LINK_SHARE * gpu.host)
     for link, sent in cost.sent.items():
         seconds["inside nodes" if link.inside else "between nodes"] += _link_seconds(link, sent, cost.calls[link], cluster)
     return seconds

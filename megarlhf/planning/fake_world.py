@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megarlhf.models import linear
 from megarlhf.models.parameters import parameter_specs
-from megarlhf.parallel import platform
+from megarlhf.parallel import platform, side_stream
 from megarlhf.parallel.alarm import Alarm
 from megarlhf.parallel.groups import World, prepare_megatron_globals
 from megarlhf.resharding.execute import Resharder
@@ -65,6 +65,7 @@ def _replacements() -> list[tuple[object, str, object]]:
         (dist, "all_gather_object", _same_everywhere),
         (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # another world's would be as large as the widest model that it has seen
         (Resharder, "_agree_on_dtypes", _one_dtype),
+        (side_stream, "host_buffer", _host_buffer),
         (param_and_grad_buffer, "_coalescing_manager", _sent_together),
     ]
 
@@ -99,6 +100,11 @@ def _one_dtype(resharder: Resharder, source: Mapping[str, Tensor], target: Mappi
     """All weights of a language model have the precision of its own."""
     size = next(iter(source.values())).element_size()
     return {spec.name: size for spec in parameter_specs(resharder.plan.architecture, resharder.plan.head)}
+
+
+def _host_buffer(num_bytes: int) -> Tensor:
+    """As long as it should be, in a byte of memory."""
+    return torch.empty(1, dtype=torch.uint8).expand(num_bytes)
 
 
 def _same_everywhere(gathered: list, value: object, group: object = None) -> None:

@@ -27,6 +27,8 @@ class Gpu:
     """Bytes per second from one GPU to others of its node."""
     between: float
     """Bytes per second from one GPU to those of other nodes."""
+    host: float
+    """Bytes per second from one GPU to pinned host memory, in one direction: PCIe of 16 lanes, generation 4 or 5."""
     matmul_share: float
     """Of `flops` that large matrix products reach: cuBLAS on an A100 about 250 of 312 TFLOP/s; an H100 at its power limit, 650 to
     700 of 989."""
@@ -37,19 +39,19 @@ GPUS = {
     for gpu in (
         Gpu(
             name="a100-40gb", memory_bytes=39.4 * GIB, flops=312e12, memory_bandwidth=1555e9,
-            inside=300e9, between=25e9, matmul_share=0.8,
+            inside=300e9, between=25e9, host=32e9, matmul_share=0.8,
         ),  # fmt: skip
         Gpu(
             name="a100-80gb", memory_bytes=79.2 * GIB, flops=312e12, memory_bandwidth=2039e9,
-            inside=300e9, between=25e9, matmul_share=0.8,
+            inside=300e9, between=25e9, host=32e9, matmul_share=0.8,
         ),  # fmt: skip
         Gpu(
             name="h100-80gb", memory_bytes=79.1 * GIB, flops=989e12, memory_bandwidth=3350e9,
-            inside=450e9, between=50e9, matmul_share=0.68,
+            inside=450e9, between=50e9, host=64e9, matmul_share=0.68,
         ),  # fmt: skip
         Gpu(
             name="h200", memory_bytes=139.8 * GIB, flops=989e12, memory_bandwidth=4800e9,
-            inside=450e9, between=50e9, matmul_share=0.68,
+            inside=450e9, between=50e9, host=64e9, matmul_share=0.68,
         ),  # fmt: skip
     )
 }

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-NUMBERS = ("flops", "matmul_bytes", "other_bytes", "kernels")
+from megarlhf.parallel import side_stream
+
+NUMBERS = ("flops", "matmul_bytes", "other_bytes", "kernels", "host_bytes")
 aten = torch.ops.aten
 SPARSE = {
     *(aten.embedding, aten.gather, aten.index, aten.index_copy, aten.index_put_, aten._index_put_impl_, aten.index_select),
@@ -59,6 +62,8 @@ class Cost:
     """That all other kernels read and wrote."""
     kernels: float = 0.0
     """Operations that a device would be given."""
+    host_bytes: float = 0.0
+    """Copied from the device to the host or back, in buffers of their own there."""
     sent: Counter = field(default_factory=Counter)
     """Link -> bytes: of an all-reduce its tensor, of a gather or scatter the larger side, of a message itself."""
     calls: Counter = field(default_factory=Counter)
@@ -151,6 +156,44 @@ class Meter(TorchDispatchMode):
         """What is live now."""
         return self._total
 
+    def __enter__(self):
+        self._patches = contextlib.ExitStack()
+        resize, host_buffer = torch.UntypedStorage.resize_, side_stream.host_buffer
+
+        def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> object:
+            done = resize(storage, num_bytes)
+            self._resized(storage)
+            return done
+
+        def uncounted_buffer(num_bytes: int) -> Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                buffer = host_buffer(num_bytes)
+            self._storages[buffer.untyped_storage()._cdata] = (0, "host")
+            weakref.finalize(buffer.untyped_storage(), self._free, buffer.untyped_storage()._cdata)
+            return buffer
+
+        self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_count))
+        self._patches.enter_context(mock.patch.object(side_stream, "host_buffer", uncounted_buffer))
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._patches.close()
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has given its memory back, or has it again."""
+        if storage._cdata not in self._storages:
+            return
+        before, tag = self._storages[storage._cdata]
+        self._storages[storage._cdata] = (storage.nbytes(), tag)
+        self._grow(storage.nbytes() - before, tag)
+
+    def _grow(self, num_bytes: int, tag: str) -> None:
+        self.live[tag] += num_bytes
+        self._total += num_bytes
+        if self._total > self._peak_total:
+            self._peak_total, self.peak = self._total, Counter(self.live)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].device == self.device:
@@ -162,6 +205,9 @@ class Meter(TorchDispatchMode):
                 return self._read(args[0])
             if func is aten._to_copy.default and args[0].device == self.device and _goes_to_host(kwargs):
                 return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            if func is aten.copy_.default and args[0].device != args[1].device:
+                self.cost.host_bytes += _bytes(args[0])
+                return args[0]
         out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)
         return out
@@ -193,7 +239,7 @@ class Meter(TorchDispatchMode):
             self._track(tensor)
         if not outputs and not func._schema.is_mutable:
             return
-        if func.is_view:
+        if func.is_view or func._overloadpacket is aten.set_:
             return
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.device == self.device]
         inputs = [leaf for leaf in leaves if leaf.is_floating_point()] or leaves
@@ -215,10 +261,7 @@ class Meter(TorchDispatchMode):
         tag = "logits" if self.logits_width and tensor.dim() and tensor.shape[-1] == self.logits_width else self._tag
         size = storage.nbytes()
         self._storages[key] = (size, tag)
-        self.live[tag] += size
-        self._total += size
-        if self._total > self._peak_total:
-            self._peak_total, self.peak = self._total, Counter(self.live)
+        self._grow(size, tag)
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:

@@ -54,6 +54,16 @@ class Plan:
         return max(self.phases, key=lambda phase: self.peak(phase)[0])
 
     @property
+    def host_bytes(self) -> int:
+        """Pinned host memory of the rank that has most at rest."""
+        return max(run.host_bytes for run in self.runs)
+
+    @property
+    def host_bytes_of_node(self) -> int:
+        """The same of all ranks of a node, each as the one that has most."""
+        return self.host_bytes * self.cluster.gpus_per_node
+
+    @property
     def missing_bytes(self) -> float:
         """What the largest phase needs beyond a GPU's memory; not above 0 where it fits."""
         return self.peak(self.largest_phase)[0] - self.cluster.usable_bytes

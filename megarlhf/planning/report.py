@@ -23,14 +23,17 @@ def as_text(plan: Plan) -> str:
 
 
 def _models(plan: Plan) -> list[str]:
-    rows = [["model", "parameters", "layout", "micro-batch", "recompute", *(f"{kind}, GB" for kind in KINDS)]]
+    rows = [["model", "parameters", "layout", "micro-batch", "recompute", "offload", *(f"{kind}, GB" for kind in KINDS)]]
     for role, of in plan.models.plans.items():
         most = {kind: max(run.held[role][kind] for run in plan.runs) / GB for kind in KINDS}
         numbers = [f"{most[kind]:.2f}" if most[kind] else "-" for kind in KINDS]
         recompute = getattr(of.config, "recompute", "-")
-        size = str(of.config.micro_batch_size)
-        rows.append([role, f"{of.architecture.num_parameters() / 1e9:.3g} B", str(of.layout), size, recompute, *numbers])
+        size, offload = str(of.config.micro_batch_size), " ".join(of.offload) or "-"
+        rows.append([role, f"{of.architecture.num_parameters() / 1e9:.3g} B", str(of.layout), size, recompute, offload, *numbers])
     lines = _table(rows, "per GPU between steps, of the rank that holds most:")
+    if plan.host_bytes:
+        of_node = f"{plan.host_bytes_of_node / GB:,.0f} GB per node"
+        lines.append(f"  pinned host memory for what rests: {plan.host_bytes / GB:.1f} GB per GPU, {of_node}")
     if plan.models.generation is not None:
         lines.append(f"  generation: {plan.models.generation}" + (", in place" if _in_place(plan) else ", a copy"))
     return lines
@@ -125,7 +128,7 @@ def as_json(plan: Plan) -> dict:
             {
                 "phase": part.phase, "model": part.model, "what": part.what, "micro_batches": part.micro_batches,
                 "flops": part.cost.flops, "matmul_bytes": part.cost.matmul_bytes, "other_bytes": part.cost.other_bytes,
-                "kernels": part.cost.kernels,
+                "kernels": part.cost.kernels, "host_bytes": part.cost.host_bytes,
                 "collectives": [{**link._asdict(), "bytes": sent, "calls": part.cost.calls[link]} for link, sent in part.cost.sent.items()],
             }
             for part in run.parts
@@ -137,6 +140,7 @@ def as_json(plan: Plan) -> dict:
         "cluster": {"gpu": plan.cluster.gpu.name, "nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.gpus_per_node},
         "assumed": [*plan.models.notes, *plan.work.notes],
         "fits": plan.fits,
+        "host_bytes": plan.host_bytes,
         "verdict": plan.verdict,
         "largest": {"phase": plan.largest_phase, "class": plan.classes[number].name, "bytes": needed, "missing_bytes": plan.missing_bytes},
         "classes": classes,

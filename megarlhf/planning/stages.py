@@ -56,6 +56,7 @@ def _build(models: RunModels, world: World, recorder: Recorder, *, dropout: floa
         else:
             engine = plan.frozen(world)
         recorder.add(role, engine)
+        engine.offload.rest()
 
 
 def _save(recorder: Recorder) -> None:
@@ -121,6 +122,7 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
         _build(models, world, recorder)
         engines = recorder.engines
         engines["policy"].start_ema(s.ema_decay)
+        engines["policy"].offload.rest()
         absent = {role: None for role in ("value", "reward") if role not in engines}
         roles = PpoModels(**engines, **absent, generation_groups=world.groups(models.generation), notes=())
         recorder.use(roles.generation_groups)
@@ -130,15 +132,20 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
     trained, steps = _ppo_batches(config, lengths), s.epochs * (s.batch_size // s.minibatch_size)
     first = {role: recorder.warm_up(role, batches) for role, batches in trained.items()}
 
+    recorder.turn_to("reshard", roles)
     with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
         recorder.once("reshard", "policy", "publish", generator.publish)
+    recorder.turn_to("generate", roles)
     recorder.use(roles.generation_groups)
     _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size, samples=s.samples_per_prompt)
+    recorder.turn_to("score", roles)
     with recorder.phase("score"):
         _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
+    recorder.turn_to("update", roles)
     with recorder.phase("update"):
         for role, batches in trained.items():
             recorder.update("update", role, batches, first[role], steps=steps)
+        recorder.turn_to("average", roles, part_of="update")
         recorder.once("update", "policy", "average", roles.policy.ema.update)
     _save(recorder)
 

@@ -23,13 +23,15 @@ MIXED = {
     "policy": {"parallel": {"tp": 2, "pp": 2}},
     "value": {"parallel": {"tp": 1, "pp": 2}},
     "reward": {"parallel": {"tp": 4}},
-    "reference": {"parallel": {"tp": 2, "pp": 2}},
+    "reference": {"parallel": {"tp": 2, "pp": 2}, "offload": ["weights"]},
     "generation": {"parallel": {"tp": 2, "pp": 1}},
 }
 INTERLEAVED = {
-    "policy": {"parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True}, "recompute": "selective"},
-    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full", "micro_batch_tokens": 150},
-    "reward": {"parallel": {"tp": 1, "pp": 4}},
+    "policy": {"parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True}, "recompute": "selective",
+               "offload": ["gradients", "optimizer", "average"]},
+    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full", "micro_batch_tokens": 150,
+              "offload": ["weights", "gradients", "optimizer"]},
+    "reward": {"parallel": {"tp": 1, "pp": 4}, "offload": ["weights"]},
     "reference": {"parallel": {"tp": 1}},
 }
 
@@ -90,6 +92,7 @@ def test_what_a_plan_says_of_each_rank_is_what_torch_holds(layouts, precision, t
     for rank in range(4):
         planned = dry_run(models, rank, 2)
         assert planned.held == real[rank].held
+        assert planned.host_bytes == real[rank].host_bytes > 0
         assert planned.peaks.keys() == real[rank].peaks.keys()
         for phase in planned.peaks:
             if phase != "build":

@@ -137,10 +137,14 @@ def test_traffic_of_a_publishing_covers_the_target():
     assert traffic(a, source, source, gpus_per_node=4).sent == [0] * 16
 
 
-def plan_of_first_class(nodes):
+OFFLOAD = ["policy.offload=[gradients, optimizer, average]", "value.offload=[weights, gradients, optimizer]", "reward.offload=[weights]",
+           "reference.offload=[weights]"]  # fmt: skip
+
+
+def plan_of_first_class(nodes, *keys):
     """The 175B run's plan as its first rank shows it."""
     cluster = dataclasses.replace(CLUSTER, nodes=nodes)
-    models = run_models(PPO, [], {}, cluster.num_ranks)
+    models = run_models(PPO, keys, {}, cluster.num_ranks)
     return Plan(models, cluster, rank_classes(models)[:1], [dry_run(models, 0, 8)], work_of(models))
 
 
@@ -152,6 +156,22 @@ def test_the_175b_run_fits_16_nodes():
     assert plan.peak("update")[0] == pytest.approx(62.5e9, rel=0.01)  # docs/scale.md
     assert 0.3 < plan.update_utilisation < 0.5
     assert as_json(plan)["largest"]["phase"] == "generate" and "it fits" in as_text(plan)
+
+
+def test_the_175b_run_fits_8_nodes_with_offload_alone():
+    plan = plan_of_first_class(8, *OFFLOAD)
+    assert plan.fits and plan.largest_phase == "update"
+    held = plan.runs[0].held
+    rests = [held["policy"][kind] for kind in ("masters", "moments", "average")]
+    rests += [held["value"][kind] for kind in ("weights", "masters", "moments")]
+    rests += [held[role]["weights"] for role in ("reward", "reference")]
+    assert plan.host_bytes == pytest.approx(sum(rests), rel=1e-3)
+    kept = {role: sum(kinds.values()) for role, kinds in held.items()}
+    without_offload = sum(kept.values()) + sum(plan.runs[0].peaks["update"][tag] for tag in ("activations", "other"))
+    assert without_offload > plan.cluster.usable_bytes, "the same run does not fit without"
+    used = kept["policy"] - held["policy"]["average"] + kept["value"]
+    assert sum(size for tag, size in plan.runs[0].peaks["update"].items() if ": " in tag) == pytest.approx(used, rel=1e-3)
+    assert plan.phase_seconds("update")["host link"] > 0 and "pinned host memory" in as_text(plan)
 
 
 def test_the_175b_run_does_not_fit_4_nodes():
