@@ -1,8 +1,6 @@
-"""Core attention over torch's scaled_dot_product_attention, with rotary positions and a key-value store for generation."""
+"""Core attention over torch's scaled_dot_product_attention, with rotary positions."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +9,11 @@ from torch import Tensor, nn
 from megarlhf.models.rotary import Rotary
 
 
-class KeyValueStore(Protocol):
-    """What generation passes through the model in place of an attention mask."""
-
-    positions: Tensor
-    """[batch, new] int64: the position of each new token in its row."""
-
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store the new keys and values of a layer and attend over all that is stored.
-
-        Args: query [batch, heads, new, head_size]; key, value [batch, kv_heads, new, head_size], rotated.
-        Returns: [batch, heads, new, head_size].
-        """
-        ...
-
-
 class SdpaAttention(nn.Module):
     """Causal softmax(q k / sqrt(d)) v for megatron's self-attention.
 
     Rows are right padded, so the causal mask alone keeps padding out of every real position and the model is always
-    called with ``attention_mask=None``; generation passes a `KeyValueStore` there instead.
+    called with ``attention_mask=None``. Generation has a forward pass of its own (models/decoding.py).
     """
 
     def __init__(self, *, config, layer_number: int, rotary: Rotary | None, **unused: object) -> None:
@@ -38,16 +21,11 @@ class SdpaAttention(nn.Module):
         self.layer_number = layer_number
         self.rotary = rotary
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: KeyValueStore | None = None, **unused: object
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **unused: object) -> Tensor:
         """query [seq, batch, heads, head_size]; key, value [seq, batch, kv_heads, head_size] -> [seq, batch, heads * head_size]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, seq, head_size]
         if self.rotary is not None:
-            positions = torch.arange(q.shape[2], device=q.device)[None] if attention_mask is None else attention_mask.positions
+            positions = torch.arange(q.shape[2], device=q.device)[None]
             q, k = self.rotary(q, positions), self.rotary(k, positions)
-        if attention_mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        else:
-            out = attention_mask.attend(self.layer_number, q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
