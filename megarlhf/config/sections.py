@@ -273,7 +273,10 @@ class SamplingConfig:
     max_new_tokens: Tokens = 1024
     """Longest response, EOS included (Ouyang et al. 2022, Appendix C)."""
     max_batch_size: Rows | None = None
-    """Most rows that one copy of the generator holds at a time; null: all of its share."""
+    """Most rows that one copy of the generator holds at a time, a waiting one entering where another ends; null: all of its share."""
+    kv_cache_bytes: Annotated[int, Range(1, 2**50)] | None = None
+    """Most bytes of keys and values on a rank while responses are sampled: as many rows at a time as they hold; null: max_batch_size
+    alone decides. Fewer than one row takes are refused, with what it takes."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""

@@ -106,6 +106,7 @@ def generate(
         seed=derive_seed(seed, "sampling", purpose),
         iteration=iteration,
         max_batch_size=sampling.max_batch_size,
+        kv_cache_bytes=sampling.kv_cache_bytes,
     )
 
 

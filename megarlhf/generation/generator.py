@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
-from megarlhf.generation.cache import KeyValueCache
+from megarlhf.generation.cache import SlotCache
+from megarlhf.generation.in_flight import Answers, Listener, PassInFlight, RowsInFlight
 from megarlhf.generation.sampling import Sampling, sample_tokens
+from megarlhf.generation.schedule import Slots, WaitingRow, dealt, slots_within
 from megarlhf.models.architecture import Architecture
+from megarlhf.models.decoding import packed_forward
 from megarlhf.models.parameters import kv_heads_per_rank
 from megarlhf.models.transformer import Transformer, sequence_parallel_off
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.parallel.groups import ModelGroups
-from megarlhf.parallel.pipeline import broadcast_from_last_stage, pass_between_stages
-from megarlhf.parallel.vocab import vocab_parallel_logprobs
+from megarlhf.parallel.pipeline import StageMessages
 
-LEAVE_SHARE = 0.125
-"""Finished rows leave the batch when they are this share of it: sooner copies the cache too often, later computes for nobody."""
+Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(hidden states [rows, h], samples [rows], positions [rows]) -> (tokens [rows], log-probabilities [rows])."""
+STEPS_BETWEEN_LOOKS = 8
+"""Steps after which the host looks for rows that have ended, where looking makes a device wait; on a CPU it is each step."""
 
 
 class RolloutSource(Protocol):
@@ -39,19 +44,10 @@ class RolloutSource(Protocol):
         seed: int,
         iteration: int,
         max_batch_size: int | None,
+        kv_cache_bytes: int | None,
     ) -> Rollouts:
         """One response to each prompt, the same on every rank."""
         ...
-
-
-@dataclass(frozen=True)
-class _Responses:
-    """What one batch of rows was answered: [n, max_new] tokens and log-probabilities, [n] lengths and ends."""
-
-    tokens: Tensor
-    logprobs: Tensor
-    lengths: Tensor
-    finished: Tensor
 
 
 class Generator:
@@ -73,7 +69,7 @@ class Generator:
         self.architecture = architecture
         self.eos_id = eos_id
         self.pad_id = pad_id
-        self.last_ids = torch.tensor([eos_id, *stop_ids], device=groups.device)
+        self.last_ids = frozenset((eos_id, *stop_ids))
 
     @torch.no_grad()
     def generate(
@@ -87,29 +83,43 @@ class Generator:
         seed: int,
         iteration: int,
         max_batch_size: int | None = None,
+        kv_cache_bytes: int | None = None,
+        listener: Listener | None = None,
     ) -> Rollouts:
         """One response to each prompt: up to EOS or a stop id (included), max_new_tokens, or the model's context.
 
-        Every rank passes the same prompts and gets the same rollouts; each data-parallel copy answers its share, at
-        most max_batch_size rows at a time. Log-probabilities are those of softmax(logits / temperature) over the whole
-        vocabulary, whatever top_k and top_p leave out; at temperature 0 those at temperature 1.
+        Every rank passes the same prompts and gets the same rollouts. Each data-parallel copy answers its share: at most
+        max_batch_size rows at a time, and no more than kv_cache_bytes of each of its ranks hold; a row enters where another has
+        ended. Log-probabilities are those of softmax(logits / temperature) over the whole vocabulary, whatever top_k and top_p leave
+        out; at temperature 0 those at temperature 1.
 
-        ValueError when a prompt leaves no room in the context.
+        ValueError when a prompt leaves no room in the context, or kv_cache_bytes hold not one row.
         """
-        longest = int(prompts.lengths.max())
-        if longest >= self.architecture.max_seq_len:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {self.architecture.max_seq_len}")
+        longest, context = int(prompts.lengths.max()), self.architecture.max_seq_len
+        if longest >= context:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {context}")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        by_length = prompts.lengths.argsort(descending=True, stable=True)
-        mine = by_length[self.groups.coordinates.dp :: self.groups.layout.dp]
-        batches = mine.split(max_batch_size or max(1, len(mine)))
+        rows = _waiting_rows(prompts, max_new_tokens, context)
+        hands = dealt(rows, self.groups.layout.dp)
+        capacity = max(row.length + row.limit for row in rows)
+        most = max(map(len, hands))
+        slots = slots_within(kv_cache_bytes, self.bytes_per_slot(capacity), wanted=min(most, max_batch_size or most), capacity=capacity)
+        mine = hands[self.groups.coordinates.dp]
+        answers = Answers(self.last_ids, listener)
         with self._generating():
-            answered = [
-                self._answer(prompts.rows(index), sampling, max_new_tokens, seed=seed, iteration=iteration)
-                for index in batches
-                if len(index)
-            ]
-        return self._rollouts(prompts, batches, answered, max_new_tokens)
+            flights = self._flights(prompts, deque(mine), slots, capacity, answers)
+            self._fly(flights, functools.partial(self._choose, sampling, seed=seed, iteration=iteration))
+        return self._rollouts(prompts, [row.number for row in mine], answers, max_new_tokens)
+
+    def bytes_per_slot(self, capacity: int) -> int:
+        """Bytes of the keys and values of one row of `capacity` tokens, on the rank that holds most layers."""
+        a, layout = self.architecture, self.groups.layout
+        layers = max(sum(map(len, layout.chunks(a.num_layers, stage))) for stage in range(layout.pp))
+        return 2 * layers * kv_heads_per_rank(a, layout.tp) * a.head_size * capacity * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.chunks[0].parameters()).dtype
 
     @contextlib.contextmanager
     def _generating(self) -> Iterator[None]:
@@ -124,109 +134,100 @@ class Generator:
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 
-    def _answer(self, prompts: Prompts, sampling: Sampling, max_new: int, *, seed: int, iteration: int) -> _Responses:
-        """Prefill, then one token per row and step; finished rows leave the batch now and then."""
-        device, (n, width) = self.groups.device, prompts.tokens.shape
-        lengths, samples = (x.to(device) for x in (prompts.lengths, prompts.ids))
-        limits = (self.architecture.max_seq_len - lengths).clamp(max=max_new)
-        out = _Responses(
-            tokens=torch.zeros(n, max_new, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(n, max_new, device=device),
-            lengths=torch.zeros(n, dtype=torch.int64, device=device),
-            finished=torch.zeros(n, dtype=torch.bool, device=device),
-        )
-        max_len = min(width + max_new, self.architecture.max_seq_len)
-        prefilled, same_as = (x.to(device) for x in _without_copies(prompts.tokens))  # samples of one prompt share its prefill
-        cache = self._cache(len(prefilled), max_len)
-        cache.prefill(width)
-        hidden = self._forward(prefilled, cache)
-        last = None if hidden is None else hidden[lengths - 1, same_as]  # [rows, h]
-        if len(prefilled) < n:
-            cache.keep(same_as)
-        rows = torch.arange(n, device=device)  # which rows are still in the batch
-        open_rows = torch.ones(n, dtype=torch.bool, device=device)
-        for step in range(max_new):
-            positions = lengths[rows] + step
-            chosen, logprobs = self._choose(last, sampling, seed=seed, iteration=iteration, samples=samples[rows], positions=positions)
-            out.tokens[rows, step] = torch.where(open_rows, chosen, self.pad_id)
-            out.logprobs[rows, step] = torch.where(open_rows, logprobs, 0.0)
-            out.lengths[rows] += open_rows
-            out.finished[rows] |= open_rows & (chosen == self.eos_id)
-            open_rows = open_rows & ~torch.isin(chosen, self.last_ids) & (step + 1 < limits[rows])
-            num_open = int(open_rows.sum())
-            if num_open == 0:
-                break
-            if num_open <= (1 - LEAVE_SHARE) * len(rows):
-                stay = open_rows.nonzero().squeeze(1)
-                cache.keep(stay)
-                rows, positions, chosen, open_rows = rows[stay], positions[stay], chosen[stay], open_rows[stay]
-                width = int(lengths[rows].max())
-            # rows that are done but have not left go on, at most on the last position
-            cache.decode(positions.clamp(max=max_len - 1), min(width + step + 1, max_len))
-            hidden = self._forward(chosen[:, None], cache)
-            last = None if hidden is None else hidden[0]
-        return out
+    def _flights(self, prompts: Prompts, waiting: deque[WaitingRow], slots: int, capacity: int, answers: Answers) -> list[RowsInFlight]:
+        """As many groups of rows as there are stages, so that every stage has one to work on."""
+        num_groups = min(self.groups.layout.pp, slots)
+        sizes = [len(range(number, slots, num_groups)) for number in range(num_groups)]
+        looks = 1 if self.groups.device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        return [
+            RowsInFlight(Slots(waiting, size), self._cache(size, capacity), prompts, answers, steps_between_looks=looks) for size in sizes
+        ]
 
-    def _cache(self, batch: int, max_len: int) -> KeyValueCache:
-        a, layout = self.architecture, self.groups.layout
-        parameter = next(self.chunks[0].parameters())
-        return KeyValueCache(
+    def _cache(self, slots: int, capacity: int) -> SlotCache:
+        return SlotCache(
             [layer.layer_number for chunk in self.chunks for layer in chunk.decoder.layers],
-            batch=batch,
-            kv_heads=kv_heads_per_rank(a, layout.tp),
-            max_len=max_len,
-            head_size=a.head_size,
-            dtype=parameter.dtype,
+            slots=slots,
+            kv_heads=kv_heads_per_rank(self.architecture, self.groups.layout.tp),
+            capacity=capacity,
+            head_size=self.architecture.head_size,
+            dtype=self._dtype,
             device=self.groups.device,
         )
 
-    def _forward(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
-        """tokens [batch, new] through all chunks of all stages: the last hidden states [new, batch, h] on the last stage."""
-        layout, place = self.groups.layout, self.groups.coordinates
-        shape = (tokens.shape[1], tokens.shape[0], self.architecture.hidden_size)
-        dtype = next(self.chunks[0].parameters()).dtype
-        hidden: Tensor | None = None
-        for number in range(layout.pp * layout.virtual_pp):
-            stage = number % layout.pp
-            if number > 0:
-                hidden = pass_between_stages(hidden, (number - 1) % layout.pp, stage, shape, dtype, self.groups)
-            if place.pp == stage:
-                chunk = self.chunks[number // layout.pp]
-                chunk.set_input_tensor(hidden)
-                hidden = chunk(tokens, cache.positions, cache)
-        return hidden if self.groups.is_last_stage else None
+    def _fly(self, flights: Sequence[RowsInFlight], choose: Choose) -> None:
+        """Group after group through the stages until no row is left; each stage takes the same passes in the same order.
+
+        While the last stage has one group, the stages before have the others: a group's tokens are back when its turn comes.
+        """
+        messages, layout = StageMessages(self.groups), self.groups.layout
+        while any(rows.is_active for rows in flights):
+            passes = []
+            for rows in flights:
+                self._hear(rows, messages)
+                for flying in rows.next_passes():
+                    self._run(flying, 0, messages, choose)
+                    passes.append(flying)
+            for number in range(1, layout.virtual_pp):
+                for flying in passes:
+                    self._run(flying, number, messages, choose)
+        messages.finish()
+
+    def _hear(self, rows: RowsInFlight, messages: StageMessages) -> None:
+        """Be told the tokens that the last stage has chosen: by it on the first stage, elsewhere by the stage before."""
+        stage, last = self.groups.coordinates.pp, self.groups.layout.pp - 1
+        if stage == last or not rows.awaited:
+            return
+        tokens = messages.receive((rows.awaited,), torch.int64, stage - 1 if stage else last)
+        if stage + 1 < last:
+            messages.send(tokens, stage + 1)
+        rows.take(tokens, None)
+
+    def _run(self, flying: PassInFlight, number: int, messages: StageMessages, choose: Choose) -> None:
+        """One pass through this stage's chunk `number`."""
+        layout, stage, chunk = self.groups.layout, self.groups.coordinates.pp, self.chunks[number]
+        hidden = None
+        if stage or number:
+            shape = (flying.plan.tokens, self.architecture.hidden_size)
+            hidden = messages.receive(shape, self._dtype, (stage - 1) % layout.pp)
+        flying.begin()
+        hidden = packed_forward(chunk, flying.tokens, flying.positions, hidden, flying.rows.cache)
+        if not chunk.post_process:
+            messages.send(hidden, (stage + 1) % layout.pp)
+        elif n := flying.plan.decoded:
+            tokens, logprobs = choose(hidden[:n], flying.samples, flying.positions[:n] + 1)
+            flying.rows.take(tokens, logprobs)
+            if layout.pp > 1:
+                messages.send(tokens, 0)
 
     def _choose(
-        self, last: Tensor | None, sampling: Sampling, *, seed: int, iteration: int, samples: Tensor, positions: Tensor
+        self, sampling: Sampling, hidden: Tensor, samples: Tensor, positions: Tensor, *, seed: int, iteration: int
     ) -> tuple[Tensor, Tensor]:
-        """The next token [rows] and its log-probability [rows], from the last stage's hidden states [rows, h], on every stage."""
-        chosen = torch.zeros_like(samples)
-        logprobs = torch.zeros(len(samples), device=samples.device)
-        if last is not None:
-            tp, vocab_size = self.groups.tp, self.architecture.vocab_size
-            logits = self.chunks[-1].logits(last)
-            chosen = sample_tokens(
-                logits, sampling, vocab_size=vocab_size, tp=tp, seed=seed, iteration=iteration, samples=samples, positions=positions
-            )
-            logprobs = vocab_parallel_logprobs(
-                logits, chosen, vocab_size=vocab_size, tp=tp, temperature=sampling.logprob_temperature
-            )
-        return broadcast_from_last_stage(chosen, self.groups), logprobs
+        """The next token [rows] and its log-probability [rows] from hidden states [rows, h]."""
+        return sample_tokens(
+            self.chunks[-1].logits(hidden),
+            sampling,
+            vocab_size=self.architecture.vocab_size,
+            tp=self.groups.tp,
+            seed=seed,
+            iteration=iteration,
+            samples=samples,
+            positions=positions,
+        )
 
-    def _rollouts(self, prompts: Prompts, batches: Sequence[Tensor], answered: Sequence[_Responses], max_new: int) -> Rollouts:
+    def _rollouts(self, prompts: Prompts, mine: list[int], answers: Answers, max_new: int) -> Rollouts:
         """Every copy's answers together on the host, appended to the prompts."""
         device = self.groups.device
-        here = answered if self.groups.is_last_stage else []
-        index = torch.cat(list(batches)).to(device) if here else torch.zeros(0, dtype=torch.int64, device=device)
+        mine = mine if self.groups.is_last_stage else []
+        index = torch.tensor(mine, dtype=torch.int64, device=device)
 
-        def everywhere(name: str, like: Tensor) -> Tensor:
-            rows = torch.cat([getattr(batch, name).to(like.dtype) for batch in here]) if here else like[:0]
-            return gather_rows(rows, index, prompts.num_rows, self.groups).cpu()
+        def everywhere(rows: Tensor) -> Tensor:
+            return gather_rows(rows.to(device), index, prompts.num_rows, self.groups).cpu()
 
-        responses = everywhere("tokens", torch.zeros(0, max_new, dtype=torch.int64, device=device))
-        logprobs = everywhere("logprobs", torch.zeros(0, max_new, device=device))
-        new = everywhere("lengths", torch.zeros(0, dtype=torch.int64, device=device))
-        finished = everywhere("finished", torch.zeros(0, dtype=torch.int64, device=device)).bool()
+        given = [answers.tokens[row] for row in mine]
+        responses = everywhere(_padded(given, max_new, torch.int64))
+        logprobs = everywhere(_padded([answers.logprobs[row] for row in mine], max_new, torch.float32))
+        new = everywhere(torch.tensor([len(tokens) for tokens in given], dtype=torch.int64))
+        finished = everywhere(torch.tensor([tokens[-1] == self.eos_id for tokens in given], dtype=torch.int64)).bool()
 
         width = int((prompts.lengths + new).max())
         tokens = torch.full((prompts.num_rows, width), self.pad_id, dtype=torch.int64)
@@ -251,7 +252,19 @@ class Generator:
         )
 
 
-def _without_copies(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(the distinct rows of [n, width], for each row which of them it is [n]); the rows as they are where all are distinct."""
-    distinct, number = rows.unique(dim=0, return_inverse=True)
-    return (distinct, number) if len(distinct) < len(rows) else (rows, torch.arange(len(rows), device=rows.device))
+def _padded(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
+    """Ragged rows as [n, width], zeros after each."""
+    whole = torch.zeros(len(rows), width, dtype=dtype)
+    for row, values in zip(whole, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=dtype)
+    return whole
+
+
+def _waiting_rows(prompts: Prompts, max_new: int, context: int) -> list[WaitingRow]:
+    """The rows of a batch; those with the same tokens have the same prompt's number."""
+    numbers: dict[bytes, int] = {}
+    rows = []
+    for number, length in enumerate(prompts.lengths.tolist()):
+        prompt = numbers.setdefault(prompts.tokens[number, :length].numpy().tobytes(), len(numbers))
+        rows.append(WaitingRow(number, prompt, length, min(max_new, context - length)))
+    return rows

@@ -21,6 +21,10 @@ GOLDEN = -7046029254386353131
 MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
 """splitmix64's shifts and multipliers, signed."""
 EXCLUDED = -torch.inf
+LAST = 2**52 - 1
+"""The largest number of 52 bits."""
+BLOCK = 2**18
+"""Scores that are worked on at a time: rows are so many that what is made of them stays in a CPU's cache, and small on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +47,32 @@ class Sampling:
 def mixed(x: Tensor) -> Tensor:
     """splitmix64's finaliser on int64, element by element: a bijection whose output bits look random."""
     for shift, factor in MIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+        x = ((x >> shift) & ((1 << (64 - shift)) - 1)).bitwise_xor_(x).mul_(factor)
+    return ((x >> 31) & ((1 << 33) - 1)).bitwise_xor_(x)
 
 
-def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, a function of its arguments alone.
+def noise_bits(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
+    """52 random bits, a function of the arguments alone: [batch, shard] int64 in [0, 2**52).
 
     Args: samples, positions [batch] int64; vocab_ids [shard] int64.
-    Returns: [batch, shard] float64, never infinite.
     """
     key = torch.full_like(samples, seed)
     for part in (torch.full_like(samples, iteration), samples, positions):
         key = mixed(key + GOLDEN) ^ part
     bits = mixed(mixed(key + GOLDEN)[:, None] + vocab_ids * GOLDEN)
-    # 52 bits and a half are exact in float64; with 53, the largest would be rounded to 1, whose noise is infinite
-    uniform = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # in (0, 1)
-    return -(-uniform.log()).log()
+    return bits.bitwise_right_shift_(12).bitwise_and_(LAST)
+
+
+def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise from `noise_bits`: [batch, shard] float32, never infinite.
+
+    -log(-log(u)) of u = (bits + 1/2) / 2**52, by way of 1 - u: where the noise is large, which is where it decides, 1 - u is small and
+    float32 holds it to a part in 2**24, as it would not hold u. So the error of the noise is some 1e-7 of it or of 1: less than
+    what the rounding of float32 logits does to a score.
+    """
+    rest = noise_bits(seed, iteration, samples, positions, vocab_ids).neg_().add_(LAST).float()
+    rest = rest.add_(0.5).mul_(2.0**-52).clamp_(max=1 - 2.0**-24)
+    return rest.neg_().log1p_().neg_().log_().neg_()
 
 
 def sample_tokens(
@@ -72,26 +85,42 @@ def sample_tokens(
     iteration: int,
     samples: Tensor,
     positions: Tensor,
-) -> Tensor:
-    """One token per row, the same on all tensor-parallel ranks; equal scores go to the smallest id.
+) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, the same on all tensor-parallel ranks; equal scores go to the smallest id.
+
+    The log-probability is that under softmax(logits / temperature) over the whole vocabulary, at temperature 0 under softmax(logits).
+    Scores are float32, as the logits are.
 
     Args:
-        logits: [batch, padded_vocab / tp], this rank's shard.
+        logits: [batch, padded_vocab / tp] float32, this rank's shard.
         samples: [batch] int64, the numbers of the samples within the iteration.
         positions: [batch] int64, the positions that the tokens will stand at.
 
-    Returns: [batch] int64.
+    Returns: [batch] int64, [batch] float32.
     """
-    first = first_vocab_id(logits.shape[-1], tp)
-    ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
-    scores = torch.where(ids < vocab_size, logits.double() / sampling.logprob_temperature, EXCLUDED)
-    if sampling.temperature:
-        scores = _truncated(scores, sampling, tp)
-        scores = scores + gumbel_noise(seed, iteration, samples, positions, ids)
-    best, local = scores.max(dim=-1)
-    candidates = gather_over_tensor_parallel(torch.stack([best, ids[local].double()]), tp)  # [tp, 2, batch]: score, id
-    winner = candidates[:, 0].max(dim=0).indices  # [batch]: of equal scores the first rank's, whose ids are smaller
-    return candidates[:, 1].gather(0, winner.unsqueeze(0)).squeeze(0).long()
+    width = logits.shape[-1]
+    first = first_vocab_id(width, tp)
+    ids = torch.arange(first, first + width, device=logits.device)
+    if first + width > vocab_size:
+        logits = torch.where(ids < vocab_size, logits, EXCLUDED)
+    found = []
+    for start in range(0, len(logits), rows := max(1, BLOCK // width)):
+        part = slice(start, start + rows)
+        scaled = logits[part] if sampling.logprob_temperature == 1.0 else logits[part] / sampling.logprob_temperature
+        scores = scaled
+        if sampling.temperature:
+            noise = gumbel_noise(seed, iteration, samples[part], positions[part], ids)
+            scores = noise.add_(_truncated(scaled, sampling, tp))
+        best, local = scores.max(dim=-1)
+        own = scaled.gather(1, local[:, None]).squeeze(1)
+        found.append(torch.stack([best.double(), ids[local].double(), own.double(), scaled.logsumexp(dim=-1).double()]))
+    candidates = gather_over_tensor_parallel(found[0] if len(found) == 1 else torch.cat(found, dim=1), tp)  # [tp, 4, batch]
+    if len(candidates) == 1:
+        _, token, own, total = candidates[0]
+        return token.long(), (own - total).float()
+    winner = candidates[:, 0].max(dim=0).indices[None]  # [1, batch]: of equal scores the first rank's, whose ids are smaller
+    token, own = (candidates[:, row].gather(0, winner).squeeze(0) for row in (1, 2))
+    return token.long(), (own - candidates[:, 3].logsumexp(dim=0)).float()
 
 
 def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> Tensor:
@@ -106,7 +135,7 @@ def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> T
         scores = torch.where(scores >= threshold, scores, EXCLUDED)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = _side_by_side(scores, tp).sort(dim=-1, descending=True).values
-        probabilities = ordered.softmax(dim=-1)
+        probabilities = ordered.double().softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         kept = torch.where(before < sampling.top_p, ordered, torch.inf)
         scores = torch.where(scores >= kept.min(dim=-1, keepdim=True).values, scores, EXCLUDED)
@@ -116,5 +145,3 @@ def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> T
 def _side_by_side(shard: Tensor, tp: ProcessGroup | None) -> Tensor:
     gathered = gather_over_tensor_parallel(shard, tp)  # [tp, batch, n]
     return gathered.permute(1, 0, 2).reshape(shard.shape[0], -1)
-
-

@@ -1,11 +1,10 @@
-"""Core attention over torch's kernels, with rotary positions: of packed rows, and with a key-value store for generation."""
+"""Core attention over torch's kernels, with rotary positions, of rows of one length or packed."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +13,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from megarlhf.models.rotary import Rotary
 from megarlhf.parallel.upload import upload
-
-
-class KeyValueStore(Protocol):
-    """What generation passes through the model in place of an attention mask."""
-
-    positions: Tensor
-    """[batch, new] int64: the position of each new token in its row."""
-
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store the new keys and values of a layer and attend over all that is stored.
-
-        Args: query [batch, heads, new, head_size]; key, value [batch, kv_heads, new, head_size], rotated.
-        Returns: [batch, heads, new, head_size].
-        """
-        ...
 
 
 class PackedRows:
@@ -42,7 +26,7 @@ class PackedRows:
         positions = positions_in_rows(torch.tensor(lengths))[None]
         self.positions, self._boundaries = upload([positions, torch.tensor(ends, dtype=torch.int32)], device)
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [1, heads, tokens, head_size]; key, value [1, kv_heads, tokens, head_size] -> [1, heads, tokens, head_size]."""
         grouped = query.shape[1] != key.shape[1]
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -74,7 +58,7 @@ class SdpaAttention(nn.Module):
     """Causal softmax(q k / sqrt(d)) v for megatron's self-attention.
 
     In place of the mask the model is given the lengths of rows that stand one after the other (a host tensor, since megatron keeps it
-    for recomputation), or, in generation, a `KeyValueStore`; with None the batch's rows are all of one length.
+    for recomputation); with None the batch's rows are all of one length. Generation has a forward pass of its own (models/decoding.py).
     """
 
     def __init__(
@@ -85,13 +69,9 @@ class SdpaAttention(nn.Module):
         self.layer_number = layer_number
         self.rotary = rotary
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: KeyValueStore | Tensor | None = None, **unused: object
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: object) -> Tensor:
         """query [seq, batch, heads, head_size]; key, value [seq, batch, kv_heads, head_size] -> [seq, batch, heads * head_size]."""
-        rows = attention_mask
-        if isinstance(rows, Tensor):
-            rows = self.packed_rows(tuple(rows.tolist()), query.device)
+        rows = None if attention_mask is None else self.packed_rows(tuple(attention_mask.tolist()), query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, seq, head_size]
         if self.rotary is not None:
             positions = torch.arange(q.shape[2], device=q.device)[None] if rows is None else rows.positions
@@ -99,5 +79,5 @@ class SdpaAttention(nn.Module):
         if rows is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         else:
-            out = rows.attend(self.layer_number, q, k, v)
+            out = rows.attend(q, k, v)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -38,10 +38,17 @@ class Rotary:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [batch, heads, seq, head_size] at positions [batch or 1, seq]; what is beyond the rotated part stays as it is."""
-        if self._frequencies.device != x.device:
-            self._frequencies = self._frequencies.to(x.device)
-        angle = positions[:, None, :, None].float() * self._frequencies  # [batch, 1, seq, size / 2]
-        cos, sin = angle.cos(), angle.sin()
+        return self.turned(x, *self.angles(positions[:, None]))
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions [...], each [..., size / 2] float32."""
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        angle = positions[..., None].float() * self._frequencies
+        return angle.cos(), angle.sin()
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., head_size] turned by angles whose cos and sin [..., size / 2] broadcast with it."""
         first, second = x[..., : self.size].float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
         return turned if self.size == x.shape[-1] else torch.cat([turned, x[..., self.size :]], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -64,29 +65,45 @@ class StageCommunicator(P2PCommunicator):
         return operations if received is None else [*operations, dist.P2POp(dist.irecv, received, source, group)]
 
 
-def pass_between_stages(
-    hidden: Tensor | None, source: int, target: int, shape: tuple[int, ...], dtype: torch.dtype, groups: ModelGroups
-) -> Tensor | None:
-    """Hand hidden states from one stage of this copy to another; returns them on the target, None elsewhere."""
-    place = groups.coordinates
-    if source == target:
-        return hidden
-    peer = groups.layout.rank(tp=place.tp, dp=place.dp, pp=target if place.pp == source else source)
-    if place.pp == source:
-        dist.send(hidden.contiguous(), dst=peer)
-    elif place.pp == target:
-        received = torch.empty(shape, dtype=dtype, device=groups.device)
-        dist.recv(received, src=peer)
-        return received
-    return None
+class StageMessages:
+    """What travels between the stages of a copy while it generates; nobody waits for a send.
 
+    Activations and what goes with them travel in one group from each stage to the next, and in another what the last stage tells the
+    first: with two stages they would else meet (see `StageCommunicator`).
+    """
 
-def broadcast_from_last_stage(values: Tensor, groups: ModelGroups) -> Tensor:
-    """The last stage's `values` on every stage of this copy, in place."""
-    if groups.layout.pp > 1:
-        place = groups.coordinates
-        dist.broadcast(values, src=groups.layout.rank(tp=place.tp, dp=place.dp, pp=groups.layout.pp - 1), group=groups.pp)
-    return values
+    MOST_UNDER_WAY = 8
+    """Sends per stage that are not waited for: a bound on the memory that they hold."""
+
+    def __init__(self, groups: ModelGroups) -> None:
+        self._groups = groups
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, values: Tensor, target: int) -> None:
+        """Hand `values` to the stage `target`, the next one or from the last the first."""
+        values = values.contiguous()
+        work = dist.isend(values, dst=self._rank(target), group=self._group(target == 0))
+        self._sent.append((work, values))
+        while len(self._sent) > self.MOST_UNDER_WAY * self._groups.layout.pp:
+            self._sent.popleft()[0].wait()
+
+    def receive(self, shape: Shape, dtype: torch.dtype, source: int) -> Tensor:
+        """What the stage before, or on the first stage the last one, has sent."""
+        values = torch.empty(shape, dtype=dtype, device=self._groups.device)
+        dist.recv(values, src=self._rank(source), group=self._group(self._groups.is_first_stage))
+        return values
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _rank(self, stage: int) -> int:
+        place = self._groups.coordinates
+        return self._groups.layout.rank(tp=place.tp, dp=place.dp, pp=stage)
+
+    def _group(self, to_first: bool) -> dist.ProcessGroup:
+        return self._groups.pp_back if to_first else self._groups.pp
 
 
 def gather_over_tensor_parallel(values: Tensor, tp: dist.ProcessGroup | None) -> Tensor:

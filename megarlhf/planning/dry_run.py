@@ -43,8 +43,6 @@ class Part:
     """Of all micro-batches of a step."""
     micro_batches: int = 0
     """That follow one another through the pipeline without its running empty; 0 where nothing does."""
-    waits: bool = False
-    """Whether the stages work one after another (generation), so that their times add up."""
 
 
 @dataclass

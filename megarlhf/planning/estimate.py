@@ -41,14 +41,8 @@ def part_seconds(parts: Sequence[tuple[Part, int]], cluster: Cluster, *, stages:
     Args:
         parts: the part as each class of ranks has it, and how many stages of the model are of that class.
     """
-    of_class = [(seconds_of(part.cost, cluster), number) for part, number in parts]
     first = parts[0][0]
-    if first.waits:
-        total: Counter = Counter()
-        for seconds, number in of_class:
-            total.update({term: value * number for term, value in seconds.items()})
-        return total
-    slowest = max((seconds for seconds, _ in of_class), key=lambda seconds: sum(seconds.values()))
+    slowest = max((seconds_of(part.cost, cluster) for part, _ in parts), key=lambda seconds: sum(seconds.values()))
     total = Counter(slowest)
     if first.micro_batches:
         total["bubble"] += sum(slowest.values()) * (stages - 1) / virtual_stages / first.micro_batches

@@ -14,18 +14,21 @@ from megarlhf.config.sections import LimitsConfig, ModelConfig, SamplingConfig
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.evaluation.responses import generator_of
+from megarlhf.generation.cache import SlotCache
 from megarlhf.generation.generator import Generator
+from megarlhf.generation.in_flight import PassInFlight
+from megarlhf.generation.schedule import slots_within
 from megarlhf.parallel.groups import World
 from megarlhf.planning import rows
 from megarlhf.planning.dry_run import Batch, Part, RankRun, Recorder
 from megarlhf.planning.fake_world import DEVICE, fake_world
-from megarlhf.planning.meter import Meter
+from megarlhf.planning.meter import Cost, Meter
 from megarlhf.planning.models import RunModels
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_models import PpoModels
 
 DECODED = 4
-"""Tokens of each row that a dry run decodes; the last two tell what one costs."""
+"""Tokens of each row that a dry run decodes; those after the first tell what one costs."""
 
 
 @dataclass(frozen=True)
@@ -195,43 +198,48 @@ def _generate(
     num_rows: of a step; 0 where the phase is no part of one. samples: rows of each prompt.
     """
     layout, meter = generator.groups.layout, recorder.meter
+    new = sampling.max_new_tokens
+    capacity = min(prompt_len + new, generator.architecture.max_seq_len)
     share = -(-num_rows // layout.dp) or sampling.max_batch_size or 1
-    batch = min(share, sampling.max_batch_size or share)
-    make_cache = generator._cache
+    wanted = min(share, sampling.max_batch_size or share)
+    batch = slots_within(sampling.kv_cache_bytes, generator.bytes_per_slot(capacity), wanted=wanted, capacity=capacity)
+    groups = min(layout.pp, batch)
+    make_cache, run = generator._cache, generator._run
+    marks: list[Cost] = []
 
-    def tagged_cache(*args: int) -> object:
+    def whole_cache(slots: int, _: int) -> SlotCache:
         with meter.tagged("key-value cache"):
-            return make_cache(*args)
+            return make_cache(slots, capacity)
+
+    def marked(flying: PassInFlight, number: int, *rest: object) -> None:
+        run(flying, number, *rest)
+        if flying.plan.decoded and number == layout.virtual_pp - 1:
+            marks.append(meter.cost.copy())
 
     meter.logits_width = generator.architecture.padded_vocab_size // layout.tp
-    new = sampling.max_new_tokens
+    steps = min(DECODED, new)
     how = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": 1, "iteration": 0}
 
-    def decoded(width: int, most: int, stop_after: int) -> tuple:
-        """(costs of the prefill and the first token, of one token later)."""
-        meter.reads.clear()
+    def decoded(width: int, samples: int) -> tuple[Cost, Cost]:
+        """(costs of the prefill and the first token, of one token later) of all rows."""
+        marks.clear()
         before = meter.cost.copy()
-        meter.answers = [_GOES_ON] * (stop_after - 1) + [0]
-        generator.generate(rows.prompts(batch * layout.dp, width, samples=samples), max_new_tokens=most, **how)
-        meter.answers = []
-        return meter.reads[0] - before, (meter.reads[-1] - meter.reads[0]).scaled(1 / max(1, stop_after - 1))
+        generator.generate(rows.prompts(batch * layout.dp, width, samples=samples), max_new_tokens=steps, **how)
+        first = marks[groups - 1]
+        return first - before, (marks[-1] - first).scaled(1 / max(1, len(marks) // groups - 1))
 
-    with mock.patch.object(generator, "_cache", tagged_cache):
-        steps = min(DECODED, new)
+    with mock.patch.object(generator, "_cache", whole_cache), mock.patch.object(generator, "_run", marked):
         with recorder.phase("generate"):
-            prefill, early = decoded(prompt_len, new, steps)
-        late = decoded(prompt_len + new - steps, steps, steps)[1]
+            prefill, early = decoded(prompt_len, samples)
+        late = decoded(capacity - steps, batch * layout.dp)[1]
     if not num_rows:
         return
     batches = share / batch
     decode = (early + late).scaled(0.5 * (new - 1))
     recorder.run.parts += [
-        Part("generate", role, "prompts", prefill.scaled(batches), waits=True),
-        Part("generate", role, "tokens", decode.scaled(batches), waits=True),
+        Part("generate", role, "prompts", prefill.scaled(batches), micro_batches=groups),
+        Part("generate", role, "tokens", decode.scaled(batches), micro_batches=groups * max(1, new - 1)),
     ]
-
-
-_GOES_ON = 2**30
 
 
 def _rows_at_once(model: ModelConfig, width: int) -> int:

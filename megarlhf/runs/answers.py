@@ -15,13 +15,15 @@ from megarlhf.storage.files import read_json
 
 ANSWERS_FILE = "responses.jsonl"
 INPUTS_FILE = "inputs.json"
+HOW_MANY_AT_A_TIME = ("max_batch_size", "kv_cache_bytes")
+"""Keys of `sampling` that decide nothing about the answers."""
 
 
 def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str, str], prompts: Sequence[PromptRow]) -> dict[str, Any]:
     """What decides which answers a run gives to which questions, and in what form: plain values by name."""
     fields = json.dumps([dict(row.fields) for row in prompts]).encode()
     model = {name: getattr(config.model, name) for name in ("load", "load_model", "load_average")}
-    sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name != "max_batch_size"}
+    sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name not in HOW_MANY_AT_A_TIME}
     return {
         "model": model,
         "tokenizer": fingerprints["tokenizer"],

@@ -132,6 +132,7 @@ VALUES = [
     ("generate", "sampling.temperature=.nan", "sampling.temperature must be a finite number, got nan"),
     ("generate", "sampling.max_new_tokens=1000000000", "sampling.max_new_tokens must be at most 1048576, got 1000000000"),
     ("generate", "sampling.max_batch_size=0", "sampling.max_batch_size must be at least 1, got 0"),
+    ("generate", "sampling.kv_cache_bytes=0", "sampling.kv_cache_bytes must be at least 1, got 0"),
     ("evaluate", "text.valid_rows=1000000000000", "text.valid_rows must be at most 1048576"),
     ("evaluate", "tasks=[{recipe}/prompts.jsonl] shots=-1", "shots must be at least 0, got -1"),
     ("evaluate", "tasks=[{recipe}/prompts.jsonl] shots=5000", "shots must be at most 1000, got 5000"),

@@ -74,14 +74,12 @@ def test_seconds_are_the_sum_of_what_is_not_overlapped():
     assert sum(tiny.values()) == pytest.approx(1000 * KERNEL_SECONDS) and tiny["compute"] == 0
 
 
-def test_a_pipeline_waits_for_its_slowest_stage_and_generation_for_all():
+def test_a_pipeline_waits_for_its_slowest_stage():
     slow, fast = Cost(other_bytes=2e12), Cost(other_bytes=1e12)
     second = 1e12 / (MEMORY_SHARE * H100.memory_bandwidth)
     update = [(Part("update", "policy", "passes", cost, micro_batches=8), 1) for cost in (slow, fast)]
     assert part_seconds(update, CLUSTER, stages=4)["bubble"] == pytest.approx(2 * second * 3 / 8)
     assert part_seconds(update, CLUSTER, stages=4, virtual_stages=3)["bubble"] == pytest.approx(2 * second * 1 / 8)
-    waiting = [(Part("generate", "policy", "tokens", slow, waits=True), 1), (Part("generate", "policy", "tokens", fast, waits=True), 3)]
-    assert sum(part_seconds(waiting, CLUSTER, stages=4).values()) == pytest.approx(5 * second)
 
 
 def test_arithmetic_of_the_papers_runs():
@@ -150,7 +148,7 @@ def plan_of_first_class(nodes, *keys):
 
 def test_the_175b_run_fits_16_nodes():
     plan = plan_of_first_class(16)
-    assert plan.fits and plan.verdict[0].startswith("it fits: generate needs most, 73.5 GB")
+    assert plan.fits and plan.verdict[0].startswith("it fits: generate needs most, 64.1 GB")
     kept = {kind: size / 1e9 for kind, size in plan.runs[0].held["policy"].items()}
     assert kept == pytest.approx({"weights": 5.64, "gradients": 11.29, "masters": 5.64, "moments": 11.29, "average": 5.64}, abs=0.01)
     assert plan.peak("update")[0] == pytest.approx(62.5e9, rel=0.01)  # docs/scale.md
@@ -180,7 +178,7 @@ def test_the_175b_run_does_not_fit_4_nodes():
     assert "planned with pp 4" in plan.verdict[0]
     of_class = "the class 'first stage of 4 (policy, reference, generation)' (rank 0)"
     assert f"it does not fit: generate on ranks of {of_class} needs" in plan.verdict[2]
-    assert f"{plan.missing_bytes / 1e9:.1f} GB are missing" in plan.verdict[2] and plan.missing_bytes > 90e9
+    assert f"{plan.missing_bytes / 1e9:.1f} GB are missing" in plan.verdict[2] and plan.missing_bytes > 80e9
 
 
 def test_the_command_on_a_small_run(tmp_path, capsys):

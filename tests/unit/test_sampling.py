@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from megarlhf.generation.sampling import Sampling, gumbel_noise, sample_tokens
+from megarlhf.generation import sampling
+from megarlhf.generation.sampling import Sampling, gumbel_noise, noise_bits, sample_tokens
 
 VOCAB, PADDED = 12, 16
 ROWS = 40000
@@ -38,7 +40,7 @@ def sample(values, *, samples=None, positions=None, seed=1, iteration=0, vocab_s
         iteration=iteration,
         samples=rows if samples is None else samples,
         positions=torch.zeros_like(rows) if positions is None else positions,
-    )
+    )[0]
 
 
 def naive_scores(row, *, temperature=1.0, top_k=None, top_p=None):
@@ -119,10 +121,26 @@ def test_a_token_depends_on_its_own_keys_only():
     assert torch.equal(gumbel_noise(1, 0, samples[order], positions[order], torch.arange(13, 29)), noise[order, 13:29])
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_logprob_is_that_of_the_whole_vocabulary(settings):
+    values, rows = logits(60), torch.arange(60)
+    keys = {"vocab_size": VOCAB, "tp": None, "seed": 1, "iteration": 0, "samples": rows, "positions": rows}
+    tokens, logprobs = sample_tokens(values, Sampling(**settings), **keys)
+    expected = (values[:, :VOCAB].double() / settings.get("temperature", 1.0)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert logprobs.dtype == torch.float32 and (logprobs - expected).abs().max() < 1e-5
+    with mock.patch.object(sampling, "BLOCK", 3 * PADDED):  # a few rows at a time
+        assert all(torch.equal(*pair) for pair in zip(sample_tokens(values, Sampling(**settings), **keys), (tokens, logprobs), strict=True))
+
+
 def test_noise_is_standard_gumbel():
-    noise = gumbel_noise(1, 0, torch.arange(500), torch.arange(500) % 5, torch.arange(400)).flatten()
+    keys = (1, 0, torch.arange(500), torch.arange(500) % 5, torch.arange(400))
+    bits, noise = noise_bits(*keys).flatten(), gumbel_noise(*keys).flatten()
     n = noise.numel()
-    assert noise.dtype == torch.float64 and noise.isfinite().all() and noise.unique().numel() == n
+    exact = -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
+    assert noise.dtype == torch.float32 and noise.isfinite().all() and bits.unique().numel() == n
+    large = exact > -1  # below, where a token hardly ever wins, the rest of 1 is held to 2**-24 only
+    assert ((noise - exact).abs() / exact.abs().clamp(min=1))[large].max() < 1e-6
+    noise = noise.double()
     assert abs(noise.mean() - EULER) < 4 * math.pi / math.sqrt(6 * n)
     variance = math.pi**2 / 6
     assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / n)  # a Gumbel's kurtosis is 5.4
@@ -160,6 +178,6 @@ def test_keys_do_not_stand_for_each_other():
     """Swapped or shifted keys give other noise: no sum or exclusive or of the keys decides it."""
     ids = torch.arange(8)
     keys = list(itertools.product(range(5), repeat=4))
-    noise = [gumbel_noise(a, b, torch.tensor([c]), torch.tensor([d]), ids) for a, b, c, d in keys]
-    assert torch.cat(noise).unique().numel() == len(keys) * len(ids)
+    bits = [noise_bits(a, b, torch.tensor([c]), torch.tensor([d]), ids) for a, b, c, d in keys]
+    assert torch.cat(bits).unique().numel() == len(keys) * len(ids)
     assert gumbel_noise(2**63 - 1, 2**40, torch.tensor([2**50]), torch.tensor([2**20]), ids).isfinite().all()

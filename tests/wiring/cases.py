@@ -190,7 +190,7 @@ PPO = [
     *limits_cases(responses=False, file="data.prompts"),
     Case("limits.max_response_len=30", "said/megarlhf_ppo"),
     Case("ppo.iterations=2", "metrics/step files cursors/order/num_taken", may=f"* said/megarlhf_ppo {PPO_STEPS}", exact={"metrics/step": (1, 2)}),
-    Case("ppo.batch_size=16", "cursors/order/num_taken answers/batches cursors/text/num_taken", may=f"* {PPO_STEPS}",
+    Case("ppo.batch_size=16", "cursors/order/num_taken answers/cache cursors/text/num_taken", may=f"* {PPO_STEPS}",
          exact={"cursors/order/num_taken": 16, "steps/policy/policy/rows": (8, 8), "steps/value/value/rows": (8, 8)}),
     Case("ppo.minibatch_size=4", "steps/policy/policy/rows steps/policy/ptx/rows steps/value/value/rows", may=f"{UPDATES} metrics/throughput/* steps/* {PPO_STEPS}",
          rounding=f"{KL} {VALUES} {RETURNS} samples/* metrics/rollout/*",

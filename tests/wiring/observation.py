@@ -172,9 +172,9 @@ def watched(seen):
             seen[f"engine/{roles[id(engine)]}/at_rest"] = _at_rest(engine)
         return unwatched_generate(generator, prompts, sampling, **how)
 
-    def answer(generator, prompts, *args, **how):
-        add("answers/batches", tuple(prompts.tokens.shape))
-        return unwatched_answer(generator, prompts, *args, **how)
+    def cache(generator, slots, capacity):
+        add("answers/cache", (slots, capacity))
+        return unwatched_cache(generator, slots, capacity)
 
     def connect(place=None, **how):
         world = unwatched_connect(place, **how)
@@ -194,7 +194,7 @@ def watched(seen):
         return unwatched_write(part, path, rank)
 
     unwatched_write, unwatched_alerts = OwnPart.write, run_loop.Alerts
-    unwatched_step, unwatched_answer, unwatched_generate = TrainEngine.step, Generator._answer, responses.generate
+    unwatched_step, unwatched_cache, unwatched_generate = TrainEngine.step, Generator._cache, responses.generate
     unwatched_connect, unwatched_sinks = World.connect, run_folder.make_sinks
     from megarlhf.trainers import ppo
 
@@ -205,7 +205,7 @@ def watched(seen):
             (engine_module, "run_schedule", schedule(engine_module.run_schedule)),
             (trainable, "run_schedule", schedule(trainable.run_schedule)),
             (TrainEngine, "step", step),
-            (Generator, "_answer", answer),
+            (Generator, "_cache", cache),
             (responses, "generate", generate),
             (ppo, "generate", generate),
             (World, "connect", staticmethod(connect)),

@@ -208,7 +208,8 @@ def sampling_cases(key, *, sampled):
         Case(f"{key}.top_k=2", sampled, may=answers),
         Case(f"{key}.top_p=0.3", sampled, may=answers),
         Case(f"{key}.max_new_tokens=5", sampled, may=answers),
-        Case(f"{key}.max_batch_size=3", "answers/batches", rounding="* stdout"),
+        Case(f"{key}.max_batch_size=3", "answers/cache", rounding="* stdout"),
+        Case(f"{key}.kv_cache_bytes=3000", "answers/cache", rounding="* stdout"),
     ]
 
 
