@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,13 +66,18 @@ class Generator:
         eos_id: int,
         pad_id: int,
         stop_ids: Sequence[int] = (),
+        check_weights: Callable[[], None] | None = None,
     ) -> None:
-        """Responses end after EOS, which finishes them, or after any of `stop_ids`."""
+        """Responses end after EOS, which finishes them, or after any of `stop_ids`.
+
+        `check_weights` is called before anything is generated; it raises where the weights are not those to sample from.
+        """
         self.chunks = list(chunks)
         self.groups = groups
         self.architecture = architecture
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.check_weights = check_weights
         self.last_ids = torch.tensor([eos_id, *stop_ids], device=groups.device)
 
     @torch.no_grad()
@@ -96,6 +101,8 @@ class Generator:
 
         ValueError when a prompt leaves no room in the context.
         """
+        if self.check_weights is not None:
+            self.check_weights()
         longest = int(prompts.lengths.max())
         if longest >= self.architecture.max_seq_len:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {self.architecture.max_seq_len}")
