@@ -150,6 +150,9 @@ class PpoSettings:
         return [key for key, given in idle.items() if given]
 
 
+VerifyWeights = Literal["first", "always", "never"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """The generator that shares the policy's weights."""
@@ -158,6 +161,9 @@ class GenerationConfig:
     """Its layout; null generates in place, in the policy's own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are sampled."""
+    verify_weights: VerifyWeights = "first"
+    """When a generator of another layout is compared with the policy by checksums of all weights: after they were first published,
+    always, or never. A difference stops the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ class Optimizer:
         self.settings = settings
         self.updates = 0
         """Updates made (steps that were not skipped): Adam's step in its bias correction."""
+        self.weights_version = 0
+        """Goes up whenever the parameters may have changed: by an update, or when the masters were set otherwise and published."""
         self.consecutive_skips = 0
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
@@ -162,6 +164,7 @@ class Optimizer:
             torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
         self.megatron.step_with_ready_grads()
         self.updates += 1
+        self.weights_version += 1
         return result
 
     def _grad_norm(self) -> float:
@@ -215,6 +218,7 @@ class Optimizer:
     @torch.no_grad()
     def publish_masters(self) -> None:
         """Cast the master weights into the parameters and gather them over data-parallel ranks."""
+        self.weights_version += 1
         self.megatron._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
@@ -222,6 +226,7 @@ class Optimizer:
     @torch.no_grad()
     def adopt_parameters(self) -> None:
         """Set the master weights from the parameters, after these were initialised."""
+        self.weights_version += 1
         self.megatron.reload_model_params()
 
 

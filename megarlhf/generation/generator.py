@@ -62,13 +62,18 @@ class Generator:
         eos_id: int,
         pad_id: int,
         stop_ids: Sequence[int] = (),
+        check_weights: Callable[[], None] | None = None,
     ) -> None:
-        """Responses end after EOS, which finishes them, or after any of `stop_ids`."""
+        """Responses end after EOS, which finishes them, or after any of `stop_ids`.
+
+        `check_weights` is called before anything is generated; it raises where the weights are not those to sample from.
+        """
         self.chunks = list(chunks)
         self.groups = groups
         self.architecture = architecture
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.check_weights = check_weights
         self.last_ids = frozenset((eos_id, *stop_ids))
 
     @torch.no_grad()
@@ -95,6 +100,8 @@ class Generator:
 
         ValueError when a prompt leaves no room in the context, or kv_cache_bytes hold not one row.
         """
+        if self.check_weights is not None:
+            self.check_weights()
         longest, context = int(prompts.lengths.max()), self.architecture.max_seq_len
         if longest >= context:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {context}")

@@ -139,9 +139,9 @@ class World:
         """Whether this process is in a world: has a default process group."""
         return dist.is_initialized()
 
-    def layout(self, *, tp: int = 1, pp: int = 1, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
-        """The layout with these axes over all ranks of this world."""
-        return ParallelLayout.over(self.size, tp=tp, pp=pp, virtual_pp=virtual_pp, sequence_parallel=sequence_parallel)
+    def layout(self, **axes: int) -> ParallelLayout:
+        """The layout with these axes (tp, pp, virtual_pp, sequence_parallel, tp_stride) over all ranks of this world."""
+        return ParallelLayout.over(self.size, **axes)
 
     def groups(self, layout: ParallelLayout) -> ModelGroups:
         """The process groups of `layout`; those that were made before are used again."""

@@ -20,6 +20,10 @@ class ParallelLayout:
 
     Ranks are numbered with tp fastest, then dp, then pp (Megatron's order), so that tensor-parallel peers share a
     node. With ``virtual_pp`` > 1 each stage holds that many chunks of layers (interleaved 1F1B).
+
+    With ``tp_stride`` s tensor-parallel peers are s ranks apart, and the s ranks from one of them to the next hold the same slice, in
+    other copies or stages: tp2 with stride 2 is what ranks 0 1 2 3 of tp4 become when each keeps its quarter within its half
+    (HybridFlow, arXiv 2409.19256, section 5.3). Ranks ascend in every group all the same.
     """
 
     tp: int = 1
@@ -27,6 +31,11 @@ class ParallelLayout:
     dp: int = 1
     virtual_pp: int = 1
     sequence_parallel: bool = False
+    tp_stride: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp_stride < 1 or (self.pp * self.dp) % self.tp_stride:
+            raise ValueError(f"tp_stride {self.tp_stride} must divide pp * dp = {self.pp} * {self.dp} = {self.pp * self.dp}")
 
     @property
     def num_ranks(self) -> int:
@@ -34,23 +43,26 @@ class ParallelLayout:
         return self.tp * self.pp * self.dp
 
     @staticmethod
-    def over(num_ranks: int, *, tp: int, pp: int, virtual_pp: int = 1, sequence_parallel: bool = False) -> ParallelLayout:
+    def over(num_ranks: int, *, tp: int = 1, pp: int = 1, **axes: int) -> ParallelLayout:
         """The layout that spreads over `num_ranks` ranks; dp is what remains. ValueError when tp * pp does not divide them."""
         if num_ranks % (tp * pp):
             raise ValueError(
                 f"a layout of tp {tp} x pp {pp} = {tp * pp} ranks per copy does not divide the {num_ranks} ranks that were started: "
                 f"{num_ranks} % {tp * pp} = {num_ranks % (tp * pp)}"
             )
-        return ParallelLayout(tp=tp, pp=pp, dp=num_ranks // (tp * pp), virtual_pp=virtual_pp, sequence_parallel=sequence_parallel)
+        return ParallelLayout(tp=tp, pp=pp, dp=num_ranks // (tp * pp), **axes)
 
     def coordinates(self, rank: int) -> Coordinates:
         """The place of `rank`."""
         assert 0 <= rank < self.num_ranks
-        return Coordinates(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp))
+        outer, inner = divmod(rank, self.tp * self.tp_stride)
+        row = outer * self.tp_stride + inner % self.tp_stride  # pp * dp + dp of its place
+        return Coordinates(tp=inner // self.tp_stride, dp=row % self.dp, pp=row // self.dp)
 
     def rank(self, *, tp: int, dp: int, pp: int) -> int:
         """The rank at a place."""
-        return (pp * self.dp + dp) * self.tp + tp
+        outer, inner = divmod(pp * self.dp + dp, self.tp_stride)
+        return (outer * self.tp + tp) * self.tp_stride + inner
 
     def peers(self, axes: str) -> list[list[int]]:
         """All groups of ranks that differ only along `axes`, a comma-separated choice of tp, dp, pp; each group ascending.
@@ -135,4 +147,5 @@ class ParallelLayout:
     def __str__(self) -> str:
         text = f"tp{self.tp} pp{self.pp} dp{self.dp}"
         text += f" virtual_pp{self.virtual_pp}" if self.virtual_pp > 1 else ""
+        text += f" tp_stride{self.tp_stride}" if self.tp_stride > 1 else ""
         return text + (" sp" if self.sequence_parallel else "")

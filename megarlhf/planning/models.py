@@ -16,6 +16,7 @@ from megarlhf.engine.checkpoint import saved_architecture
 from megarlhf.models.architecture import PRESETS, Architecture, make_architecture
 from megarlhf.models.transformer import layout_violations
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.resharding.plan import nearest_layout
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.runs.models import ModelPlan, chosen_model
 from megarlhf.runs.row_lengths import row_lengths
@@ -81,7 +82,9 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
         generation = plans["policy"].layout
         if config.generation.parallel is not None:
             try:
-                generation = _layout("generation", config.generation.parallel, plans["policy"].architecture, num_ranks, shrunk)
+                policy = plans["policy"]
+                generation = _layout("generation", config.generation.parallel, policy.architecture, num_ranks, shrunk)
+                generation = nearest_layout(policy.architecture, "lm", policy.layout, generation)
             except ValueError as error:
                 problems.append(f"generation: {error}")
     if problems:

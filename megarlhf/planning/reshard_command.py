@@ -11,12 +11,11 @@ from megarlhf.models.architecture import Architecture
 from megarlhf.models.transformer import layout_violations
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.planning.hardware import LINK_SHARE, Cluster
-from megarlhf.resharding.plan import ReshardPlan, plan_reshard
+from megarlhf.resharding.execute import BUCKET_BYTES
+from megarlhf.resharding.plan import ReshardPlan, nearest_layout, plan_reshard
 
 LAYOUT = re.compile(r"tp(\d+)(?:pp(\d+))?(?:dp(\d+))?(?:v(\d+))?")
 BF16 = 2
-BUCKET_BYTES = 256 * 2**20
-"""Of resharding/execute.py."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def traffic(architecture: Architecture, source: ParallelLayout, target: Parallel
     for layout in (source, target):
         if found := layout_violations(architecture, layout):
             raise ConfigError(f"the layout {layout} does not fit the model: " + "; ".join(found))
-    plan = plan_reshard(architecture, "lm", source, target)
+    plan = plan_reshard(architecture, "lm", source, nearest_layout(architecture, "lm", source, target))
     ranks = range(source.num_ranks)
     sent, received, kept, out, into = ([0] * len(ranks) for _ in range(5))
     for route in plan.routes:

@@ -130,17 +130,20 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
         roles = PpoModels(**engines, **absent, generation_groups=world.groups(models.generation), notes=())
         recorder.use(roles.generation_groups)
         with recorder.meter.tagged("generation: weights"):
-            generator = PolicyGenerator(roles, Ends())
+            generator = PolicyGenerator(roles, Ends(), verify="never")
 
     trained, steps = _ppo_batches(config, lengths), s.epochs * (s.batch_size // s.minibatch_size)
     first = {role: recorder.warm_up(role, batches) for role, batches in trained.items()}
 
     recorder.turn_to("reshard", roles)
     with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
+        with recorder.meter.tagged("generation: weights"):
+            generator.allocate()
         recorder.once("reshard", "policy", "publish", generator.publish)
     recorder.turn_to("generate", roles)
     recorder.use(roles.generation_groups)
     _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size, samples=s.samples_per_prompt)
+    generator.release()
     recorder.turn_to("score", roles)
     with recorder.phase("score"):
         _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,40 +15,52 @@ from megarlhf.parallel.groups import ModelGroups
 from megarlhf.resharding.plan import Copy, ReshardPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BUCKET_BYTES = 256 * 2**20
 ALIGNMENT = 16
 """Pieces start at multiples of this many bytes in a message, whatever their dtypes."""
 
 
+DIRECT_BYTES = 2**18
+"""Slices of at least this many bytes are messages of their own, sent and received where they lie; smaller ones are packed together."""
+
+Part = tuple[Copy, tuple[int, int] | None]
+"""A slice, and which of its rows: None for all."""
+
+
 @dataclass
 class _Bucket:
-    """This rank's pieces of one bucket: its own, and by peer what it sends and receives."""
+    """This rank's slices of one bucket: its own, and by peer what it sends and receives."""
 
-    local: list[Copy] = field(default_factory=list)
-    sends: dict[int, list[Copy]] = field(default_factory=lambda: defaultdict(list))
-    receives: dict[int, list[Copy]] = field(default_factory=lambda: defaultdict(list))
+    local: list[Part] = field(default_factory=list)
+    sends: dict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
+    receives: dict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Resharder:
-    """Copies weights from one layout to another: what a rank holds is copied locally, the rest is exchanged in buckets.
+    """Brings weights from one layout to another: what a rank holds is copied locally, the rest is exchanged in buckets.
 
-    All ranks go through the same buckets in the same order, with at most one message to and one from each peer in a bucket, all
-    posted before any is waited for: no order of messages can block. Staging memory is that of one bucket: what this rank sends and
-    what it receives in it, each about `bucket_bytes`, or one parameter's shard where that is larger.
+    All ranks go through the same buckets in the same order, and post all messages of a bucket before any is waited for: no order of
+    messages can block. A large slice is a message by itself, sent from where it lies and received where it belongs, if it is
+    contiguous there. Others are packed; what that takes is at most one bucket of what is sent and one of what is received, each of
+    `bucket_bytes` at most.
     """
 
-    def __init__(self, plan: ReshardPlan, groups: ModelGroups, *, bucket_bytes: int = 256 * 2**20) -> None:
+    def __init__(
+        self, plan: ReshardPlan, groups: ModelGroups, *, bucket_bytes: int = BUCKET_BYTES, direct_bytes: int = DIRECT_BYTES
+    ) -> None:
         """`groups` are those of either layout: they give the rank, the device and the group of all ranks."""
         assert plan.source.num_ranks == dist.get_world_size(groups.world)
         self.plan = plan
         self._groups = groups
         self._bucket_bytes = bucket_bytes
+        self._direct_bytes = direct_bytes
         self._names = [spec.name for spec in parameter_specs(plan.architecture, plan.head)]
         self._mine = plan.for_rank(groups.rank)
         self._element_sizes: dict[str, int] = {}
         self._buckets: list[_Bucket] = []
 
     @torch.no_grad()
-    def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, views: Collection[str] = ()) -> None:
         """Write the weights in `source` to `target`; every rank of the world calls it.
 
         ValueError, on all ranks, when a parameter does not have one dtype in both layouts: nothing is cast.
@@ -56,12 +68,13 @@ class Resharder:
         Args:
             source: canonical name -> this rank's tensor in the source layout.
             target: canonical name -> this rank's tensor in the target layout.
+            views: the names of target tensors that are views of the source's, as `ReshardPlan.views` says: nothing is copied to them.
         """
         element_sizes = self._agree_on_dtypes(source, target)
         if element_sizes != self._element_sizes:
             self._element_sizes, self._buckets = element_sizes, self._make_buckets(element_sizes)
         for bucket in self._buckets:
-            self._exchange(bucket, source, target)
+            self._exchange(bucket, source, target, views)
 
     def _agree_on_dtypes(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, int]:
         """Bytes per element of every parameter of the model, those included that this rank does not hold."""
@@ -84,42 +97,78 @@ class Resharder:
         return sizes
 
     def _make_buckets(self, element_sizes: dict[str, int]) -> list[_Bucket]:
-        names = self.plan.buckets(element_sizes, max_bytes=self._bucket_bytes)
-        bucket_of = {name: number for number, bucket in enumerate(names) for name in bucket}
-        buckets = [_Bucket() for _ in names]
+        portions = self.plan.buckets(element_sizes, max_bytes=self._bucket_bytes)
+        places: dict[str, list[tuple[int, tuple[int, int] | None]]] = defaultdict(list)  # name -> (bucket, rows)
+        for number, bucket in enumerate(portions):
+            for portion in bucket:
+                places[portion.name].append((number, portion.rows))
+        buckets = [_Bucket() for _ in portions]
         for piece in self._mine.local:
-            buckets[bucket_of[piece.name]].local.append(piece)
+            for number, rows in places[piece.name]:
+                buckets[number].local.append((piece, rows))
         for piece in self._mine.sends:
-            buckets[bucket_of[piece.name]].sends[piece.target].append(piece)
+            for number, rows in places[piece.name]:
+                buckets[number].sends[piece.target].append((piece, rows))
         for piece in self._mine.receives:
-            buckets[bucket_of[piece.name]].receives[piece.source].append(piece)
+            for number, rows in places[piece.name]:
+                buckets[number].receives[piece.source].append((piece, rows))
         return buckets
 
-    def _exchange(self, bucket: _Bucket, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    def _exchange(self, bucket: _Bucket, source: Mapping[str, Tensor], target: Mapping[str, Tensor], views: Collection[str]) -> None:
         world, operations, arriving = self._groups.world, [], []
-        for peer, pieces in sorted(bucket.receives.items()):
-            slices = [_slice(target, piece, piece.target_start) for piece in pieces]
-            message = _new_message(slices)
-            operations.append(dist.P2POp(dist.irecv, message, peer, world))
-            arriving.append((message, slices))
+        for peer, parts in sorted(bucket.receives.items()):
+            for _, slices in self._messages((part, _slice(target, part, part[0].target_start)) for part in parts):
+                direct = _as_bytes(slices)
+                message = _new_message(slices) if direct is None else direct
+                operations.append(dist.P2POp(dist.irecv, message, peer, world))
+                if direct is None:
+                    arriving.append((message, slices))
         packed: dict[tuple, Tensor] = {}  # peers that are sent the same slices share one message
-        for peer, pieces in sorted(bucket.sends.items()):
-            contents = tuple((piece.name, piece.source_start, piece.size) for piece in pieces)
-            if contents not in packed:
-                packed[contents] = _pack([_slice(source, piece, piece.source_start) for piece in pieces])
-            operations.append(dist.P2POp(dist.isend, packed[contents], peer, world))
+        for peer, parts in sorted(bucket.sends.items()):
+            for contents, slices in self._messages((part, _slice(source, part, part[0].source_start)) for part in parts):
+                message = _as_bytes(slices)
+                if message is None:
+                    message = packed[contents] = packed[contents] if contents in packed else _pack(slices)
+                operations.append(dist.P2POp(dist.isend, message, peer, world))
         pending = dist.batch_isend_irecv(operations) if operations else []
-        for piece in bucket.local:
-            _slice(target, piece, piece.target_start).copy_(_slice(source, piece, piece.source_start))
+        for part in bucket.local:
+            if part[0].name not in views:
+                _slice(target, part, part[0].target_start).copy_(_slice(source, part, part[0].source_start))
         for work in pending:
             work.wait()
         for message, slices in arriving:
             for part, place in zip(_parts(message, slices), slices, strict=True):
                 place.copy_(part)
 
+    def _messages(self, pieces: Iterable[tuple[Part, Tensor]]) -> Iterator[tuple[tuple, list[Tensor]]]:
+        """What goes from one rank to another in a bucket as (contents, slices) of each message.
 
-def _slice(tensors: Mapping[str, Tensor], piece: Copy, start: int) -> Tensor:
-    return tensors[piece.name].narrow(piece.dim, start, piece.size)
+        The order and the sizes of the slices alone decide, so that both ends make the same messages in the same order.
+        """
+        small: list[tuple[Part, Tensor]] = []
+        for part, piece in pieces:
+            if piece.numel() * piece.element_size() >= self._direct_bytes:
+                yield (_contents(part),), [piece]
+            else:
+                small.append((part, piece))
+        if small:
+            yield tuple(_contents(part) for part, _ in small), [piece for _, piece in small]
+
+
+def _slice(tensors: Mapping[str, Tensor], part: Part, start: int) -> Tensor:
+    piece, rows = part
+    found = tensors[piece.name].detach().narrow(piece.dim, start, piece.size)
+    return found if rows is None else found.narrow(0, rows[0], rows[1] - rows[0])
+
+
+def _contents(part: Part) -> tuple:
+    piece, rows = part
+    return piece.name, piece.source_start, piece.size, rows
+
+
+def _as_bytes(slices: list[Tensor]) -> Tensor | None:
+    """The message that one contiguous slice is as it lies; None where it has to be packed."""
+    return slices[0].view(-1).view(torch.uint8) if len(slices) == 1 and slices[0].is_contiguous() else None
 
 
 def _num_bytes(piece: Tensor) -> int:
@@ -128,7 +177,8 @@ def _num_bytes(piece: Tensor) -> int:
 
 
 def _new_message(slices: list[Tensor]) -> Tensor:
-    return torch.empty(sum(map(_num_bytes, slices)), dtype=torch.uint8, device=slices[0].device)
+    size = slices[0].numel() * slices[0].element_size() if len(slices) == 1 else sum(map(_num_bytes, slices))
+    return torch.empty(size, dtype=torch.uint8, device=slices[0].device)
 
 
 def _pack(slices: list[Tensor]) -> Tensor:

@@ -6,12 +6,13 @@ plan. The choice of senders is made once for whole families of parameters; piece
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 from megarlhf.models.architecture import Architecture
@@ -33,6 +34,15 @@ class Copy:
     source_start: int
     target_start: int
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What of a parameter goes with one bucket: all of it, or some rows of one that is split along its columns."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    """(start, stop) along dimension 0; None for all."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +165,31 @@ class ReshardPlan:
         """Bytes that `rank` receives from others, at `element_size` bytes per weight."""
         return element_size * sum(route.elements for route in self._routes_to[rank] if route.source != rank)
 
-    def buckets(self, element_sizes: Mapping[str, int], *, max_bytes: int) -> list[list[str]]:
-        """Names of the parameters in the order of their transfer, in buckets of which no rank holds more than `max_bytes`.
+    def views(self, rank: int) -> dict[str, Copy]:
+        """By name the parameters that `rank` need not copy: its target tensor is a contiguous part of its source tensor."""
+        found = {}
+        pieces: dict[str, list[Copy]] = defaultdict(list)
+        for piece in self.for_rank(rank).local:
+            pieces[piece.name].append(piece)
+        source_tp, target_tp = self.source.coordinates(rank).tp, self.target.coordinates(rank).tp
+        for spec in parameter_specs(self.architecture, self.head):
+            if not (of_name := pieces.get(spec.name)):
+                continue
+            source, target = shard_of(spec, source_tp, self.source.tp), shard_of(spec, target_tp, self.target.tp)
+            held, wanted = source.shape[source.dim], target.shape[target.dim]
+            offsets = {piece.source_start - piece.target_start for piece in of_name}
+            whole = sum(piece.size for piece in of_name) == wanted
+            if whole and len(offsets) == 1 and (source.dim == 0 or held == wanted):
+                found[spec.name] = Copy(spec.name, rank, rank, source.dim, offsets.pop(), 0, wanted)
+        return found
 
-        A bucket has at least one parameter. The stages take turns: in order of depth one stage's ranks would send
-        while all others wait.
+    def buckets(self, element_sizes: Mapping[str, int], *, max_bytes: int) -> list[list[Portion]]:
+        """The parameters in the order of their transfer, in buckets of which no rank holds more than `max_bytes`.
+
+        A parameter that is split along its columns, whose slices have to be packed for a message, is cut by its rows where a rank
+        holds more of it. One that is split along its rows has slices that can be sent as they lie: it stays whole, and where a rank
+        holds more than `max_bytes` of it, it has a bucket of its own. The stages take turns: in order of depth one stage's ranks
+        would send while all others wait.
 
         Args: element_sizes: name -> bytes per element.
         """
@@ -170,17 +200,19 @@ class ReshardPlan:
             turns[source_stages, target_stages] += 1
         order.sort(key=lambda entry: entry[0])
 
-        buckets: list[list[str]] = []
+        buckets: list[list[Portion]] = []
         held: Counter = Counter()  # bytes of the open bucket by (side, stage)
         for _, spec, source_stages, target_stages in order:
-            size = element_sizes[spec.name]
-            added = {("source", stage): size * math.prod(shard_of(spec, 0, self.source.tp).shape) for stage in source_stages}
-            added |= {("target", stage): size * math.prod(shard_of(spec, 0, self.target.tp).shape) for stage in target_stages}
-            if not buckets or any(held[key] + more > max_bytes for key, more in added.items()):
-                buckets.append([])
-                held.clear()
-            buckets[-1].append(spec.name)
-            held.update(added)
+            sides = (("source", source_stages, self.source.tp), ("target", target_stages, self.target.tp))
+            sizes = {side: element_sizes[spec.name] * math.prod(shard_of(spec, 0, tp).shape) for side, _, tp in sides}
+            for portion in _portions(spec, max(sizes.values()), max_bytes):
+                share = 1 if portion.rows is None else (portion.rows[1] - portion.rows[0]) / spec.shape[0]
+                added = {(side, stage): round(share * sizes[side]) for side, stages, _ in sides for stage in stages}
+                if not buckets or any(held[key] + more > max_bytes for key, more in added.items()):
+                    buckets.append([])
+                    held.clear()
+                buckets[-1].append(portion)
+                held.update(added)
         return buckets
 
     def _pieces(self, route: Route) -> Iterator[Copy]:
@@ -207,10 +239,52 @@ def plan_reshard(architecture: Architecture, head: Head, source: ParallelLayout,
     return ReshardPlan(architecture, head, source, target, families, tuple(_routes(families, source, target, senders)))
 
 
+def nearest_layout(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> ParallelLayout:
+    """`target` with its ranks in the order in which they keep most of what they hold in `source`; as it is where no order is better.
+
+    Rank t of T training peers lies in part t * tp // T of the target's tp parts when peers are T / tp ranks apart, since stages nest in
+    rank order as they are: that one other order is looked at. It leaves generation's peers among training's, so that it is only taken
+    where these are on one node. Where tp grows a rank's slice has to be one of several in its own, and no order whose groups ascend
+    does better than the usual.
+    """
+    stride, rest = divmod(source.tp, target.tp)
+    if rest or stride == 1 or source.tp > NODE_SIZE or (target.pp * target.dp) % stride or source.num_ranks != target.num_ranks:
+        return target
+    strided = dataclasses.replace(target, tp_stride=stride)
+    kept = {layout: sum(elements_kept(architecture, head, source, layout)) for layout in (target, strided)}
+    return max(kept, key=kept.get)  # the first of equals
+
+
+def elements_kept(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> list[int]:
+    """By rank, the elements that it holds in both layouts: what it has no need to receive."""
+    families = _families(architecture, head, source, target)
+
+    @cache
+    def kept(source_tp: int, source_stage: int, target_tp: int, target_stage: int) -> int:
+        return sum(
+            family.shared_elements(source_tp * family.source_parts // source.tp, target_tp * family.target_parts // target.tp)
+            for family in families
+            if source_stage in family.source_stages and target_stage in family.target_stages
+        )
+
+    places = ((source.coordinates(rank), target.coordinates(rank)) for rank in range(target.num_ranks))
+    return [kept(a.tp, a.pp, b.tp, b.pp) for a, b in places]
+
+
 def _placed(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> Iterator[tuple]:
     """(spec, source stages, target stages) of every parameter in order of depth."""
     for spec in parameter_specs(architecture, head):
         yield spec, stages_of(spec, architecture, head, source), stages_of(spec, architecture, head, target)
+
+
+def _portions(spec: ParameterSpec, num_bytes: int, max_bytes: int) -> Iterator[Portion]:
+    """A parameter of which a rank holds `num_bytes`, cut by rows where they are more than `max_bytes` and its columns are split."""
+    if spec.split_dim != 1 or num_bytes <= max_bytes:
+        yield Portion(spec.name)
+        return
+    rows = spec.shape[0]
+    step = max(1, max_bytes * rows // num_bytes)
+    yield from (Portion(spec.name, (start, min(start + step, rows))) for start in range(0, rows, step))
 
 
 def _families(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> tuple[Family, ...]:

@@ -12,7 +12,7 @@ from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import Head, Shard, parameter_specs, shards_held
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.resharding.execute import Resharder
-from megarlhf.resharding.plan import plan_reshard
+from megarlhf.resharding.plan import Copy, plan_reshard
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 STRIDE = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed number: the positions' weights wrap around and stay apart
@@ -22,34 +22,69 @@ MISSING = torch.iinfo(torch.int64).min
 
 
 class Publisher:
-    """Gives the generator the policy's weights, layout to layout; with the same shards in both there is nothing to do."""
+    """Gives the generator the policy's weights, layout to layout; with the same shards in both there is nothing to do.
+
+    The generator's tensors last from `publish` to `release`: those that are contiguous parts of the policy's are views of these, the
+    others are allocated. So between two generations they take no memory, and an update of the policy makes the views new and the rest
+    old: what was published must be published again before it is used.
+    """
 
     def __init__(self, architecture: Architecture, head: Head, source_groups: ModelGroups, target_groups: ModelGroups) -> None:
         """Plan from the layout of `source_groups` to that of `target_groups`; ValueError when they differ in their ranks."""
         self.architecture, self.head = architecture, head
         self.source_groups, self.target_groups = source_groups, target_groups
         self.version: int | None = None
-        """Version of the weights that were published last."""
+        """Version of the weights that were published last; None before the first and after a release."""
         self._resharder: Resharder | None = None
+        self._views: dict[str, Copy] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         if not self.in_place:
-            self._resharder = Resharder(plan_reshard(architecture, head, source_groups.layout, target_groups.layout), source_groups)
+            plan = plan_reshard(architecture, head, source_groups.layout, target_groups.layout)
+            self._resharder = Resharder(plan, source_groups)
+            self._views = plan.views(source_groups.rank)
+            held = shards_held(architecture, head, target_groups.layout, target_groups.coordinates)
+            self._shapes = {name: shard.shape for name, shard in held.items()}
 
     @property
     def in_place(self) -> bool:
         """Whether every rank holds the same shards in both layouts: the generator then shares the policy's modules."""
         source, target = self.source_groups.layout, self.target_groups.layout
-        return (source.tp, source.pp, source.dp, source.virtual_pp) == (target.tp, target.pp, target.dp, target.virtual_pp)
+        axes = ("tp", "pp", "dp", "virtual_pp", "tp_stride")
+        return all(getattr(source, axis) == getattr(target, axis) for axis in axes)
 
+    @torch.no_grad()
     def publish(self, source_parameters: Mapping[str, Tensor], target_parameters: Mapping[str, Tensor], *, version: int) -> None:
         """Make `target_parameters` equal to `source_parameters` and record their version; every rank calls it.
 
-        Args: canonical name -> this rank's tensor in each layout; the same tensors when `in_place`.
+        ValueError, on all ranks, when a parameter does not have one dtype in both layouts.
+
+        Args: canonical name -> this rank's tensor in each layout; the same tensors when `in_place`. Else the storage of the target's
+            is replaced where it can be the source's.
         """
+        self.version = None
         if self._resharder is None:
             assert all(target_parameters[name].data_ptr() == tensor.data_ptr() for name, tensor in source_parameters.items())
         else:
-            self._resharder.run(source_parameters, target_parameters)
+            self.allocate(source_parameters, target_parameters)
+            self._resharder.run(source_parameters, target_parameters, views=self._views)
         self.version = version
+
+    def allocate(self, source_parameters: Mapping[str, Tensor], target_parameters: Mapping[str, Tensor]) -> None:
+        """Give the target's tensors their storage, without values where it is not the source's; `publish` does so where it was not done."""
+        for name in self._shapes:
+            tensor, view, source = target_parameters[name], self._views.get(name), source_parameters.get(name)
+            if view is not None and source.dtype == tensor.dtype:
+                tensor.data = source.detach().narrow(view.dim, view.source_start, view.size)
+            elif tensor.shape != self._shapes[name]:  # it was released
+                tensor.data = tensor.detach().new_empty(self._shapes[name])
+
+    def release(self, target_parameters: Mapping[str, Tensor]) -> None:
+        """Free what the generator's weights take beside the policy's, until they are published again; nothing when `in_place`."""
+        if self._resharder is None:
+            return
+        self.version = None
+        for tensor in target_parameters.values():
+            tensor.data = tensor.detach().new_empty(0)
 
     @torch.no_grad()
     def verify(self, source_parameters: Mapping[str, Tensor], target_parameters: Mapping[str, Tensor]) -> None:

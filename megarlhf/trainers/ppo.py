@@ -88,7 +88,7 @@ class ProximalPolicyOptimization(Stage):
         rows = self.settings.iterations * self.settings.epochs * self.settings.batch_size * self.settings.ptx_ratio
         self.notes = [*(self.text.notes(rows) if self.text else []), *self.roles.notes]
         self.models = {"policy": self.roles.policy} | ({"value": self.roles.value} if self.roles.value is not None else {})
-        self.generator = PolicyGenerator(self.roles, tokenizer)
+        self.generator = PolicyGenerator(self.roles, tokenizer, verify=config.generation.verify_weights)
         self.order = ShuffledOrder(len(prompts), seed=config.run.seed)
         self.judge = self._judge(valid) if valid else None
         self.total_steps = self.settings.iterations
@@ -108,6 +108,7 @@ class ProximalPolicyOptimization(Stage):
         with self.phases("generate"):
             roles.turn_to("generate")
             rollouts = self.rollouts(prompt_batch(rows, pad_id=self.tokenizer.pad_id), number)
+            self.generator.release()
         mask = rollouts.response_mask
 
         # rollouts -> experience
@@ -134,7 +135,8 @@ class ProximalPolicyOptimization(Stage):
             roles.policy.ema.update()
 
         self.samples = response_records(rollouts, self.tokenizer, first=NUM_SAMPLES, reward=judged.scores)
-        metrics = {"rollout/kl_coef": self.kl_coef} | step_metrics("policy", policy_steps, policy_rate)
+        metrics = {"rollout/kl_coef": self.kl_coef, "rollout/policy_updates": self.generator.policy_updates}
+        metrics |= step_metrics("policy", policy_steps, policy_rate)
         metrics |= self.rewards.metrics(judged.rewards)
         metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
         metrics |= self.text.metrics() if self.text else {}
@@ -254,6 +256,7 @@ class ProximalPolicyOptimization(Stage):
             if self.judge is not None:
                 self.generator.publish()
                 metrics |= self.judge.judge().metrics("valid")
+                self.generator.release()
         return metrics
 
     def state_dict(self) -> dict:

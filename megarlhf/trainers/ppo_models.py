@@ -13,6 +13,7 @@ from megarlhf.engine.offload import Kind
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.resharding.plan import nearest_layout
 from megarlhf.runs.folder import Run
 from megarlhf.runs.models import ModelPlan, ModelPlanner
 from megarlhf.runs.row_lengths import row_lengths
@@ -107,7 +108,8 @@ def _generation_layout(config: PpoConfig, planner: ModelPlanner, policy: ModelPl
     if config.generation.parallel.sequence_parallel or config.generation.parallel.virtual_pp > 1:
         planner.violations.append("generation.parallel: decoding one position at a time has no use for sequence_parallel or virtual_pp")
     try:
-        return planner.layout(config.generation.parallel, policy.architecture)
+        layout = planner.layout(config.generation.parallel, policy.architecture)
+        return nearest_layout(policy.architecture, "lm", policy.layout, layout)
     except ValueError as error:
         planner.violations.append(f"generation: {error}")
         return None

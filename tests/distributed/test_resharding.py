@@ -1,6 +1,7 @@
 """Resharding over gloo ranks: a model arrives as if it had been built in the other layout, and comes back bitwise."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ PAIRS_OF_FOUR = [
     ({"tp": 2, "pp": 2, "virtual_pp": 2}, {"tp": 4}),
     ({"pp": 2}, {"tp": 2, "sequence_parallel": True}),
     ({"pp": 4}, {"pp": 2, "virtual_pp": 2}),
+    ({"tp": 4}, {"tp": 2, "tp_stride": 2}),
+    ({"tp": 4}, {"tp": 2, "pp": 2, "tp_stride": 2}),
 ]
 
 
@@ -47,8 +50,12 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
+def layouts(publisher):
+    return publisher.source_groups.layout, publisher.target_groups.layout
+
+
 def check_there_and_back(pairs):
-    world = World.connect()
+    world, message_sizes = World.connect(), itertools.cycle((1, 600, 2**18))  # all slices by themselves, some, all packed
     for spec in MODELS.values():
         for source_axes, target_axes in pairs:
             source_groups, target_groups = world.groups(world.layout(**source_axes)), world.groups(world.layout(**target_axes))
@@ -62,12 +69,22 @@ def check_there_and_back(pairs):
             assert there.version == 7 and not there.in_place
             assert_same(target, built(spec, target_groups, seed=1))
             there.verify(source, target)
+            for name, parameter in target.items():  # what a rank holds as a contiguous part is no copy
+                shared = name in source and parameter.untyped_storage().data_ptr() == source[name].untyped_storage().data_ptr()
+                assert shared == (name in plan_reshard(spec.architecture, spec.head, *layouts(there)).views(world.rank)), name
+            apart = {name: parameter.detach().clone() for name, parameter in target.items()}
+            there.release(target)
+            assert there.version is None and not any(parameter.numel() for parameter in target.values())
+            there.publish(source, target, version=8)
+            assert_same(target, apart)
+            target = apart
 
+            direct_bytes = next(message_sizes)
             before = {name: parameter.detach().clone() for name, parameter in source.items()}
             for parameter in source.values():
                 torch.nn.init.zeros_(parameter)
             plan = plan_reshard(spec.architecture, spec.head, target_groups.layout, source_groups.layout)
-            Resharder(plan, target_groups, bucket_bytes=3000).run(target, source)  # many buckets, some of one parameter
+            Resharder(plan, target_groups, bucket_bytes=3000, direct_bytes=direct_bytes).run(target, source)  # many buckets
             assert_same(source, before)
 
 

@@ -19,6 +19,7 @@ from megarlhf.data.order import ShuffledOrder
 from megarlhf.evaluation.responses import Purpose, ResponseJudge, generate
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
+from megarlhf.resharding.publish import Publisher
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.trainers.sft import pretraining_shares
 from tests.distributed.recipe import ADAM, STAGES, Interrupted, check_stages, curves, lines_of, run_stage_of
@@ -67,11 +68,48 @@ def test_every_stage_gives_the_same_curves_in_every_layout(recipe, ranks2, ranks
         assert_alike(lines_of(tmp_path / stage / "samples.jsonl"), lines_of(recipe / "runs" / stage / "samples.jsonl"))
 
 
-def test_ppo_gives_the_same_curves_with_a_layout_for_each_model(recipe, ranks2, tmp_path):
-    layouts = ["policy.parallel.tp=2", "value.parallel.pp=2", "reference.parallel.pp=2", "generation.parallel.tp=1"]
-    ranks2.run(check_stages, recipe, tmp_path, ["ppo"], layouts)
+LAYOUT_FOR_EACH = {
+    "two ranks": (2, "policy.parallel.tp=2 value.parallel.pp=2 reference.parallel.pp=2 generation.parallel.tp=1"),
+    "four ranks": (
+        4,
+        "policy.parallel.tp=2 policy.parallel.pp=2 value.parallel.pp=2 reward.parallel.tp=4 reference.parallel.tp=4 "
+        "generation.parallel.tp=2",
+    ),
+    "peers two apart": (4, "policy.parallel.tp=4 value.parallel.pp=2 generation.parallel.tp=2 generation.verify_weights=always"),
+}
+
+
+def check_layout_for_each(folder, runs, overrides):
+    """PPO; then the generator, whose weights the run released, and which is given others than the policy's."""
+    compared = []
+    verify = Publisher.verify
+    with mock.patch.object(Publisher, "verify", lambda *args: compared.append(verify(*args))):
+        stage = run_stage_of(folder / "ppo.yaml", [f"run.dir={runs / 'ppo'}", *overrides])
+    generator, policy = stage.generator, stage.roles.policy
+    assert not any(parameter.numel() for parameter in generator.parameters.values())
+    prompts = prompt_batch(stage.prompts, pad_id=stage.tokenizer.pad_id)
+    with pytest.raises(RuntimeError, match="the generator has no weights"):
+        stage.rollouts(prompts, 0)
+    generator.publish()
+    stage.rollouts(prompts, 0)
+    policy.optimizer.publish_masters()
+    version = policy.optimizer.weights_version
+    with pytest.raises(RuntimeError, match=f"stale weights, version {version - 1}, and the policy's are version {version}"):
+        stage.rollouts(prompts, 0)
+    return len(compared), str(generator.generator.groups.layout)
+
+
+@pytest.mark.parametrize("name", LAYOUT_FOR_EACH)
+def test_ppo_gives_the_same_curves_with_a_layout_for_each_model(recipe, ranks2, ranks4, name, tmp_path):
+    num_ranks, layouts = LAYOUT_FOR_EACH[name]
+    found = (ranks2 if num_ranks == 2 else ranks4).run(check_layout_for_each, recipe, tmp_path, layouts.split())
     assert_alike(curves(tmp_path / "ppo"), curves(recipe / "runs" / "ppo"))
     assert_alike(lines_of(tmp_path / "ppo" / "samples.jsonl"), lines_of(recipe / "runs" / "ppo" / "samples.jsonl"))
+    updates = [line["rollout/policy_updates"] for line in curves(tmp_path / "ppo")]
+    assert updates[0] == 0 and updates == sorted(set(updates))
+    for compared, layout in found:
+        assert compared == 1 if "generation.verify_weights=always" not in layouts else compared >= len(updates)
+        assert layout.endswith("tp_stride2") == (name == "peers two apart")
 
 
 @pytest.mark.parametrize("overrides", [[], ["parallel.tp=2"]], ids=["dp2", "tp2"])

@@ -20,7 +20,23 @@ def test_ranks_and_places_are_one_to_one_with_tp_fastest_and_pp_slowest(layout):
         assert layout.rank(tp=tp, dp=dp, pp=pp) == rank
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[-4:], ids=str)
+STRIDED = [ParallelLayout(tp=2, dp=2, tp_stride=2), ParallelLayout(tp=2, pp=4, dp=3, tp_stride=6), ParallelLayout(tp=3, pp=4, tp_stride=2)]
+
+
+@pytest.mark.parametrize("layout", STRIDED, ids=str)
+def test_tensor_parallel_peers_may_be_apart(layout):
+    places = [layout.coordinates(rank) for rank in range(layout.num_ranks)]
+    assert len(set(places)) == layout.num_ranks
+    assert all(layout.rank(tp=place.tp, dp=place.dp, pp=place.pp) == rank for rank, place in enumerate(places))
+    for axis in ("tp", "dp", "pp"):
+        for ranks in layout.peers(axis):  # process groups sort their ranks: the place in the group is that along the axis
+            assert [getattr(places[rank], axis) for rank in ranks] == list(range(getattr(layout, axis)))
+    assert {b - a for ranks in layout.peers("tp") for a, b in itertools.pairwise(ranks)} == {layout.tp_stride}
+    with pytest.raises(ValueError, match=r"tp_stride 4 must divide pp \* dp = 1 \* 2 = 2"):
+        ParallelLayout(dp=2, tp_stride=4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[-4:] + STRIDED, ids=str)
 @pytest.mark.parametrize("axes", ["tp", "dp", "pp", "tp,pp", "dp,pp", "tp,dp,pp"])
 def test_peers_partition_the_ranks_and_differ_along_their_axes_only(layout, axes):
     peers = layout.peers(axes)

@@ -11,7 +11,7 @@ import torch
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import parameter_specs, shards_held
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.resharding.plan import NODE_SIZE, plan_reshard
+from megarlhf.resharding.plan import NODE_SIZE, nearest_layout, plan_reshard
 
 SIZES = {"num_layers": 4, "hidden_size": 24, "num_heads": 12, "ffn_size": 48, "vocab_size": 300, "max_seq_len": 5}
 GPT2 = Architecture(num_kv_heads=12, **SIZES)
@@ -141,19 +141,85 @@ def test_holders_on_other_nodes_share_the_work():
     assert len(set(sent[:16])) == 1 and len(set(sent[16:])) == 1
 
 
-def test_buckets_hold_each_parameter_once_within_their_bytes():
+def check_buckets(plan, architecture, *, max_bytes):
+    """Names by bucket; every element of every parameter is in one bucket, and no rank holds more of a bucket than it may."""
+    specs = {spec.name: spec for spec in parameter_specs(architecture, "lm")}
+    buckets = plan.buckets(dict.fromkeys(specs, 4), max_bytes=max_bytes)
+    rows = {name: [] for name in specs}
+    for portion in itertools.chain(*buckets):
+        rows[portion.name] += [portion.rows or (0, specs[portion.name].shape[0])]
+        assert portion.rows is None or specs[portion.name].split_dim == 1
+    for name, cuts in rows.items():
+        assert cuts[0][0] == 0 and cuts[-1][1] == specs[name].shape[0]
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(cuts))
+    for layout in (plan.source, plan.target):
+        for rank in range(layout.num_ranks):
+            held = shards_held(architecture, "lm", layout, layout.coordinates(rank))
+            for bucket in buckets:
+                of_rank = [portion for portion in bucket if portion.name in held]
+                total = 0
+                for portion in of_rank:
+                    shape = held[portion.name].shape
+                    share = 1 if portion.rows is None else (portion.rows[1] - portion.rows[0]) / specs[portion.name].shape[0]
+                    total += round(4 * math.prod(shape) * share)
+                assert total <= max_bytes or (len(bucket) == 1 and specs[bucket[0].name].split_dim != 1)
+    return [[portion.name for portion in bucket] for bucket in buckets]
+
+
+def test_buckets_hold_each_element_once_within_their_bytes():
     source, target = ParallelLayout(tp=2, pp=2, dp=2, virtual_pp=2), ParallelLayout(tp=1, pp=1, dp=8)
     plan = plan_reshard(LLAMA, "lm", source, target)
-    sizes = {spec.name: 4 for spec in parameter_specs(LLAMA, "lm")}
-    max_bytes = 40_000
-    buckets = plan.buckets(sizes, max_bytes=max_bytes)
-    assert sorted(itertools.chain(*buckets)) == sorted(sizes)
-    for bucket, rank, layout in itertools.product(buckets, range(8), (source, target)):
-        held = shards_held(LLAMA, "lm", layout, layout.coordinates(rank))
-        assert len(bucket) == 1 or sum(4 * torch.Size(held[name].shape).numel() for name in bucket if name in held) <= max_bytes
-    assert 1 < len(buckets) < len(sizes)
-    both_stages = [bucket for bucket in buckets if {name.split(".")[2] for name in bucket if ".layers." in name} & {"0", "1"} == {"0", "1"}]
+    names = check_buckets(plan, LLAMA, max_bytes=40_000)
+    assert 1 < len(names) < len(parameter_specs(LLAMA, "lm"))
+    both_stages = [bucket for bucket in names if {name.split(".")[2] for name in bucket if ".layers." in name} & {"0", "1"} == {"0", "1"}]
     assert both_stages, "stages take turns, so that all of them send"
+    small = check_buckets(plan, LLAMA, max_bytes=1500)
+    assert len([bucket for bucket in small if "decoder.layers.0.mlp.linear_fc2.weight" in bucket]) > 2, "what must be packed is cut"
+
+
+def test_what_is_a_contiguous_part_of_what_a_rank_holds_is_a_view_of_it():
+    for architecture, head in MODELS[::2]:
+        whole = whole_model(architecture, head)
+        for source_layout, target_layout in list(pairs(architecture))[::4]:
+            plan = plan_reshard(architecture, head, source_layout, target_layout)
+            source, wanted = sharded(whole, architecture, head, source_layout), sharded(whole, architecture, head, target_layout)
+            for rank in range(source_layout.num_ranks):
+                views = plan.views(rank)
+                for name, tensor in wanted[rank].items():
+                    flat, found = source[rank].get(name, torch.zeros(0)).flatten(), False
+                    at = (flat == tensor.flatten()[0]).nonzero()
+                    if len(at):
+                        found = torch.equal(flat[int(at) : int(at) + tensor.numel()], tensor.flatten())
+                    assert (name in views) == found, (source_layout, target_layout, rank, name)
+                    if found:
+                        view = source[rank][name].narrow(views[name].dim, views[name].source_start, views[name].size)
+                        assert view.is_contiguous() and torch.equal(view, tensor)
+
+
+NESTING = [(4, 1, 1, 2, 1), (8, 8, 16, 4, 4), (8, 2, 1, 2, 4), (4, 2, 2, 1, 1), (8, 1, 2, 2, 2), (4, 1, 1, 2, 2), (2, 2, 1, 2, 1)]
+FOR_NESTING = Architecture(num_kv_heads=16, num_layers=8, hidden_size=64, num_heads=16, ffn_size=128, vocab_size=250, max_seq_len=4)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "target_tp", "target_pp"), NESTING)
+def test_each_training_shard_lies_in_its_generation_shard(tp, pp, dp, target_tp, target_pp):
+    source = ParallelLayout(tp=tp, pp=pp, dp=dp)
+    target = nearest_layout(FOR_NESTING, "lm", source, ParallelLayout.over(source.num_ranks, tp=target_tp, pp=target_pp))
+    for rank in range(source.num_ranks):
+        a, b = (shards_held(FOR_NESTING, "lm", layout, layout.coordinates(rank)) for layout in (source, target))
+        for name in a.keys() & b.keys():
+            mine, wanted = ({i for part in side[name].slices for i in range(part.start, part.start + part.size)} for side in (a, b))
+            assert mine <= wanted, (rank, name)
+
+
+def test_from_tp4_to_tp2_each_rank_receives_a_quarter_of_the_weights():
+    source = ParallelLayout(tp=4)
+    usual = ParallelLayout(tp=2, dp=2)
+    target = nearest_layout(FOR_NESTING, "lm", source, usual)
+    assert target == ParallelLayout(tp=2, dp=2, tp_stride=2)
+    split = sum(math.prod(spec.shape) for spec in parameter_specs(FOR_NESTING, "lm") if spec.split_dim is not None)
+    plans = {layout: plan_reshard(FOR_NESTING, "lm", source, layout) for layout in (usual, target)}
+    received = {layout: [plan.bytes_received(rank, element_size=1) for rank in range(4)] for layout, plan in plans.items()}
+    assert received == {usual: [split // 4, split // 2, split // 2, split // 4], target: [split // 4] * 4}
 
 
 def test_layouts_over_different_ranks_are_refused():
