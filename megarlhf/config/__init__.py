@@ -4,7 +4,17 @@ from megarlhf.config.architecture import ArchitectureConfig
 from megarlhf.config.dpo import DpoConfig, DpoDataConfig, DpoSettings
 from megarlhf.config.inference import EvaluateConfig, GenerateConfig
 from megarlhf.config.loader import ConfigError, check_config, doubts, dump_yaml, load_config
-from megarlhf.config.ppo import GenerationConfig, PpoConfig, PpoDataConfig, PpoRewardConfig, PpoSettings, RewardFunctionConfig
+from megarlhf.config.ppo import (
+    GenerationConfig,
+    PpoConfig,
+    PpoDataConfig,
+    PpoPolicyConfig,
+    PpoReferenceConfig,
+    PpoRewardConfig,
+    PpoSettings,
+    PpoValueConfig,
+    RewardFunctionConfig,
+)
 from megarlhf.config.sections import (
     AdamConfig,
     AdaptiveKlConfig,
@@ -26,9 +36,10 @@ from megarlhf.config.training import PretrainConfig, RewardConfig, RewardDataCon
 
 SECTIONS = [
     AdamConfig, AdaptiveKlConfig, ArchitectureConfig, CorpusConfig, DpoConfig, DpoDataConfig, DpoSettings, EvaluateConfig, GenerateConfig,
-    GenerationConfig, HeldOutTextConfig, LimitsConfig, ModelConfig, ParallelConfig, PpoConfig, PpoDataConfig, PpoRewardConfig, PpoSettings,
-    PretrainConfig, PretrainingDataConfig, RewardConfig, RewardDataConfig, RewardFunctionConfig, RunConfig, SamplingConfig, ScheduleConfig,
-    SftConfig, SftDataConfig, TokenizerConfig, TrainedModelConfig, WinRateConfig,
+    GenerationConfig, HeldOutTextConfig, LimitsConfig, ModelConfig, ParallelConfig, PpoConfig, PpoDataConfig, PpoPolicyConfig,
+    PpoReferenceConfig, PpoRewardConfig, PpoSettings, PpoValueConfig, PretrainConfig, PretrainingDataConfig, RewardConfig,
+    RewardDataConfig, RewardFunctionConfig, RunConfig, SamplingConfig, ScheduleConfig, SftConfig, SftDataConfig, TokenizerConfig,
+    TrainedModelConfig, WinRateConfig,
 ]  # fmt: skip
 """Every class that a configuration is made of."""
 __all__ = ["COMMANDS", "SECTIONS", "ConfigError", "check_config", "doubts", "dump_yaml", "load_config", "load_stage_config"]

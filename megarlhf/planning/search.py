@@ -47,7 +47,8 @@ class Choice:
         """The same as keys of a configuration."""
         at = self.layout
         axes = f"tp: {at.tp}, pp: {at.pp}, virtual_pp: {at.virtual_pp}, sequence_parallel: {str(at.sequence_parallel).lower()}"
-        keys = [f"{role}.parallel={{{axes}}}", f"{role}.micro_batch_size={self.micro_batch_size}", f"{role}.recompute={self.recompute}"]
+        rows = [f"{role}.micro_batch_size={self.micro_batch_size}", f"{role}.micro_batch_tokens=null"]
+        keys = [f"{role}.parallel={{{axes}}}", *rows, f"{role}.recompute={self.recompute}"]
         if role == "policy":
             keys += [f"reference.parallel={{{axes}}}", f"generation.parallel={f'{{tp: {at.tp}}}' if self.gathered else 'null'}"]
         return keys
