@@ -614,7 +614,8 @@ def check_rankings(folder, runs):
     only = ["prompts=null", "demonstrations=null", "reference=null", "text=null", f"rankings={folder}/rankings_valid.jsonl"]
     only += ["sampling.max_new_tokens=1000"]
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'beside'}", *only])
-    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'alone'}", *only, "reward=null", f"model.load={folder}/runs/reward"])
+    alone = ["reward=null", f"model.load={folder}/runs/reward", "model.micro_batch_size=5"]  # the reward model's: the same products
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'alone'}", *only, *alone])
     return said_by(folder / "evaluate.yaml", [f"run.dir={runs / 'none'}", *only, "reward=null"])[1]
 
 
