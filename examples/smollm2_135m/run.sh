@@ -58,7 +58,7 @@ fi
 text=("data.pretraining.prefix=$data/text" "data.pretraining.valid_prefix=$data/text_heldout")
 step "SFT"
 stage sft sft.yaml run.dir=$runs/sft model.load=$runs/start model.precision="$precision" data.train=$data/demonstrations.jsonl \
-  data.valid=$data/demonstrations_valid.jsonl "${text[@]}" --smoke epochs=1
+  data.valid=$data/demonstrations_valid.jsonl "${text[@]}" --smoke epochs=1 batch_size=4
 step "reward model"
 stage reward reward.yaml run.dir=$runs/reward model.load=$runs/start_8 model.precision="$precision" data.train=$data/rankings.jsonl \
   data.valid=$data/rankings_valid.jsonl data.demonstrations=$data/demonstrations_valid.jsonl
