@@ -26,7 +26,7 @@ class Engine:
     """
 
     weights_change = False
-    """Whether anything but building it changes its weights."""
+    """Whether anything but building it changes its weights; where nothing does they have no gradients."""
 
     def __init__(
         self,
@@ -43,6 +43,9 @@ class Engine:
         self.micro_batch_size = micro_batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.transformers: list[Transformer] = build_model(spec, groups)
+        if not self.weights_change:
+            for transformer in self.transformers:
+                transformer.requires_grad_(False)
         self.chunks: list = list(self.transformers)
         """What the schedule runs: the transformers, or their data-parallel wrappers."""
         self.offload = Offload(self.held, groups.side_stream, offload, frozen=not self.weights_change)

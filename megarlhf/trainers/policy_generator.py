@@ -48,7 +48,8 @@ class PolicyGenerator:
         self.policy_updates = optimizer.updates
         if self.verify != "never" and not self.publisher.in_place:
             self.publisher.verify(source, self.parameters)
-            self.verify = "always" if self.verify == "always" else "never"
+            if self.verify == "first":
+                self.verify = "never"
 
     def allocate(self) -> None:
         """Take the memory for the weights before they are published."""
