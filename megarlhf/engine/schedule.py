@@ -63,8 +63,7 @@ def run_schedule(
     results: list[Result] = []
     numbers = [iter(range(len(micro_batches))) for _ in chunks]
     packed = [_pack(rows, groups.layout) for rows in micro_batches]
-    split = groups.layout.tp if groups.layout.sequence_parallel else 1
-    shapes = [(len(tokens) // split, 1, config.hidden_size) for tokens, _, _ in packed]
+    shapes = [(len(tokens) // groups.layout.sequence_parts, 1, config.hidden_size) for tokens, _, _ in packed]
     tokens, positions = (upload(column, groups.device) for column in list(zip(*packed, strict=True))[:2])
 
     def forward_step(numbers_of_chunk: Any, model: Any, *unused: Any) -> tuple[Tensor, Callable]:
@@ -125,7 +124,7 @@ def _communicator(
 
 def padding_behind(num_tokens: int, layout: ParallelLayout) -> int:
     """Tokens behind a micro-batch of `num_tokens`: sequence parallelism splits it evenly over tp."""
-    return -num_tokens % layout.tp if layout.sequence_parallel else 0
+    return -num_tokens % layout.sequence_parts
 
 
 def _pack(rows: Rows, layout: ParallelLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,6 +78,11 @@ class ParallelLayout:
         return list(groups.values())
 
     @property
+    def sequence_parts(self) -> int:
+        """Parts of equal length into which sequence parallelism cuts the tokens of a micro-batch; 1 without it."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
     def messages_meet(self) -> bool:
         """Whether activations and gradients travel from one stage to the same other: their order would decide which is which.
 

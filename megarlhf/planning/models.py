@@ -74,7 +74,7 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
             problems.append(f"{role}: {error}")
             continue
         plans[role] = ModelPlan(role, model, architecture, head, layout, None, False)
-        for row in (row.on(multiple=layout.tp if layout.sequence_parallel else 1) for row in row_lengths(config)[role]):
+        for row in (row.on(multiple=layout.sequence_parts) for row in row_lengths(config)[role]):
             if row.tokens > architecture.max_seq_len:
                 problems.append(f"{role}: its context of {architecture.max_seq_len} tokens is shorter than {row.tokens} ({row.keys})")
     generation = None

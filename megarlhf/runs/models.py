@@ -136,7 +136,7 @@ class ModelPlanner:
                 f"{role}: its vocabulary has {architecture.vocab_size} ids, the tokenizer's {self.tokenizer.vocab_size}: "
                 "models and tokenizer must be the ones that were trained together"
             )
-        for longest in (row.on(multiple=layout.tp if layout.sequence_parallel else 1) for row in rows):
+        for longest in (row.on(multiple=layout.sequence_parts) for row in rows):
             if architecture.max_seq_len < longest.tokens:
                 self.violations.append(
                     f"{role}: its context of {architecture.max_seq_len} tokens is shorter than the {longest.tokens} that the run needs "
