@@ -16,10 +16,6 @@ from megarlhf.resharding.plan import Copy, ReshardPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BUCKET_BYTES = 256 * 2**20
-ALIGNMENT = 16
-"""Pieces start at multiples of this many bytes in a message, whatever their dtypes."""
-
-
 DIRECT_BYTES = 2**18
 """Slices of at least this many bytes are messages of their own, sent and received where they lie; smaller ones are packed together."""
 
@@ -48,8 +44,8 @@ class Resharder:
     def __init__(
         self, plan: ReshardPlan, groups: ModelGroups, *, bucket_bytes: int = BUCKET_BYTES, direct_bytes: int = DIRECT_BYTES
     ) -> None:
-        """`groups` are those of either layout: they give the rank, the device and the group of all ranks."""
-        assert plan.source.num_ranks == dist.get_world_size(groups.world)
+        """`groups` are those of either layout: they give the rank, the device and the group of all ranks, in a layout or not."""
+        assert plan.num_ranks <= dist.get_world_size(groups.world)
         self.plan = plan
         self._groups = groups
         self._bucket_bytes = bucket_bytes
@@ -61,7 +57,7 @@ class Resharder:
 
     @torch.no_grad()
     def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, views: Collection[str] = ()) -> None:
-        """Write the weights in `source` to `target`; every rank of the world calls it.
+        """Write the weights in `source` to `target`; every rank of the world calls it, with nothing for a layout that it is not in.
 
         ValueError, on all ranks, when a parameter does not have one dtype in both layouts: nothing is cast.
 
@@ -147,11 +143,12 @@ class Resharder:
         """
         small: list[tuple[Part, Tensor]] = []
         for part, piece in pieces:
-            if piece.numel() * piece.element_size() >= self._direct_bytes:
+            if piece.nbytes >= self._direct_bytes:
                 yield (_contents(part),), [piece]
             else:
                 small.append((part, piece))
         if small:
+            small.sort(key=lambda entry: -entry[1].element_size())  # so that each starts at a multiple of its elements' size
             yield tuple(_contents(part) for part, _ in small), [piece for _, piece in small]
 
 
@@ -171,14 +168,8 @@ def _as_bytes(slices: list[Tensor]) -> Tensor | None:
     return slices[0].view(-1).view(torch.uint8) if len(slices) == 1 and slices[0].is_contiguous() else None
 
 
-def _num_bytes(piece: Tensor) -> int:
-    """Bytes that a piece takes in a message."""
-    return -(-piece.numel() * piece.element_size() // ALIGNMENT) * ALIGNMENT
-
-
 def _new_message(slices: list[Tensor]) -> Tensor:
-    size = slices[0].numel() * slices[0].element_size() if len(slices) == 1 else sum(map(_num_bytes, slices))
-    return torch.empty(size, dtype=torch.uint8, device=slices[0].device)
+    return torch.empty(sum(piece.nbytes for piece in slices), dtype=torch.uint8, device=slices[0].device)
 
 
 def _pack(slices: list[Tensor]) -> Tensor:
@@ -192,6 +183,5 @@ def _parts(message: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
     """The pieces of a message of bytes, with the shapes and dtypes of `like`."""
     start = 0
     for piece in like:
-        part = message.narrow(0, start, piece.numel() * piece.element_size())
-        yield part.view(piece.dtype).view(piece.shape)
-        start += _num_bytes(piece)
+        yield message.narrow(0, start, piece.nbytes).view(piece.dtype).view(piece.shape)
+        start += piece.nbytes
