@@ -34,6 +34,7 @@ from megarlhf.models.parameters import parameter_specs
 from megarlhf.models.transformer import ModelSpec, build_model, initialize, named_parameters
 from megarlhf.parallel.collectives import largest_of_world, sum_of_world
 from megarlhf.parallel.groups import World
+from megarlhf.resharding.near_memory import NearMemory
 from megarlhf.resharding.plan import nearest_layout, plan_reshard
 from megarlhf.resharding.publish import Publisher
 
@@ -245,9 +246,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--messages", action="store_true", help="ours by messages, as between hosts, even where memory can be read")
     parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.messages:
+        NearMemory._sees = lambda memory, rank, told: False
     world = World.connect()
     architecture = make_architecture(
         None, vocab_size=50257, num_layers=options.layers, hidden_size=options.hidden, num_heads=options.hidden // 64, max_seq_len=1024

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import random
 from collections import Counter
 from unittest import mock
@@ -17,7 +18,9 @@ from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.planning.hardware import GPUS, Cluster
 from megarlhf.planning.reshard_command import as_text, traffic
+from megarlhf.resharding import near_memory
 from megarlhf.resharding.execute import Resharder
+from megarlhf.resharding.near_memory import NearMemory
 from megarlhf.resharding.plan import plan_reshard
 from megarlhf.resharding.publish import Publisher
 
@@ -88,7 +91,8 @@ def check_there_and_back():
             for parameter in source.values():
                 torch.nn.init.zeros_(parameter)
             plan = plan_reshard(spec.architecture, spec.head, target_groups.layout, source_groups.layout)
-            Resharder(plan, target_groups, bucket_bytes=3000, direct_bytes=direct_bytes).run(target, source)  # many buckets
+            how = {"bucket_bytes": 3000, "direct_bytes": direct_bytes, "reads": False}  # many buckets
+            Resharder(plan, target_groups, **how).run(target, source)
             assert_same(source, before)
 
 
@@ -136,7 +140,7 @@ def cut(whole, spec, groups):
 
 
 def check_any_pair():
-    """Tensors in place of models: what a rank holds in either layout is cut out of the full parameters."""
+    """Tensors in place of models, cut out of the full parameters: read there from the other ranks' memory, and sent back."""
     world, chance = World.connect(), random.Random(1)
     pairs = [tuple(ParallelLayout(**axes) for axes in pair) for pair in LAYOUTS]
     pairs += [(random_layout(chance), random_layout(chance)) for _ in range(28)]
@@ -152,7 +156,7 @@ def check_any_pair():
         publisher.verify(source, target)
         target = {name: part.clone() for name, part in target.items()}
         back = {name: torch.full_like(part, -1) for name, part in source.items()}
-        how = {"bucket_bytes": chance.choice([2000, 50_000]), "direct_bytes": chance.choice([1, 700, 2**18])}
+        how = {"bucket_bytes": chance.choice([2000, 50_000]), "direct_bytes": chance.choice([1, 700, 2**18]), "reads": False}
         Resharder(plan_reshard(spec.architecture, spec.head, *reversed(pair)), target_groups, **how).run(target, back)
         assert_same(back, source)
 
@@ -178,7 +182,7 @@ def check_traffic():
             return batch(operations)
 
         with mock.patch.object(dist, "batch_isend_irecv", send_and_count):
-            Resharder(moved.plan, target_groups).run(held, wanted)
+            Resharder(moved.plan, target_groups, reads=False).run(held, wanted)
         kept = sum(part.nbytes for part in wanted.values()) - counted[dist.irecv]
         found.append((as_text(moved, CLUSTER), f"rank {world.rank}: bytes kept {kept:,}, sent {counted[dist.isend]:,}, received "
                       f"{counted[dist.irecv]:,}\n"))  # fmt: skip
@@ -189,6 +193,43 @@ def test_what_plan_reshard_prints_is_what_ranks_send(ranks4):
     for of_rank in ranks4.run(check_traffic):
         for text, line in of_rank:
             assert line in text
+
+
+def check_reading():
+    """Ranges of any size and number arrive; a rank that cannot read its peers, or is not who it said, has all ranks send messages."""
+    world = World.connect()
+    before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+    memory = NearMemory(dist.group.WORLD, {before, after})
+    assert memory.reachable
+    mine = torch.arange(5000) + 10_000 * world.rank
+    (there,) = memory.addresses([mine])[before]
+    starts = torch.arange(0, 5000, 2)  # more ranges than one call takes, every other number
+    got = torch.zeros(2500, dtype=torch.int64)
+    with mock.patch.object(near_memory, "MOST_BYTES", 4000):
+        memory.read(before, there + 8 * starts, got.data_ptr() + 8 * torch.arange(2500), torch.full((2500,), 8))
+    memory.done()
+    assert torch.equal(got, starts + 10_000 * before)
+    with pytest.raises(OSError, match=f"0 of 8 bytes were read from the memory of rank {before}: Bad address"):
+        memory.read(before, torch.tensor([8]), torch.tensor([got.data_ptr()]), torch.tensor([8]))
+
+    spec = MODELS["tied"]
+    pair = world.groups(ParallelLayout(tp=2)), world.groups(ParallelLayout(pp=2))
+    whole = random_weights(spec)
+    reads = []
+    for pid in (os.getpid(), os.getppid() if world.rank else os.getpid()):  # another process, whose memory is not rank 1's
+        target = {name: torch.full_like(part, -1) for name, part in cut(whole, spec, pair[1]).items()}
+        asked = mock.Mock(side_effect=NearMemory.addresses)
+        patched = mock.patch.object(NearMemory, "addresses", lambda memory, tensors, asked=asked: asked(memory, tensors))
+        with mock.patch.object(os, "getpid", lambda pid=pid: pid), patched:
+            resharder = Resharder(plan_reshard(spec.architecture, spec.head, *(groups.layout for groups in pair)), pair[0])
+            resharder.run(cut(whole, spec, pair[0]), target)
+        reads.append(asked.call_count)
+        assert_same(target, cut(whole, spec, pair[1]))
+    return reads
+
+
+def test_memory_of_the_same_host_is_read_and_no_other(ranks2):
+    assert ranks2.run(check_reading) == [[1, 0], [1, 0]]
 
 
 def check_same_layout():
