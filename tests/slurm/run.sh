@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs launcher/slurm/many_nodes.sbatch on a real Slurm: a tiny reward model on two nodes of two ranks, over gloo. Once to its end,
 # once stopped by SIGUSR1, requeued by itself and gone on to its end, once with a wrong key, which must not be requeued; once with
-# one task per node, each of which starts torchrun; and once with all that runs on a node killed, its slurmd too, and the node back later.
+# one task per node, each of which starts torchrun; and once with all that runs on a node killed, its slurmd too.
 #
 #   bash tests/slurm/run.sh [FOLDER]    logs and the run's files go there; a temporary folder, removed if all is well, when left out
 #
@@ -131,14 +131,16 @@ after=$(num_steps requeued)
 grep -q "it goes into the queue again" "$folder/requeued.log"
 [ "$before" -lt "$after" ]
 echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
-job=$(gpus=0 submit lost 40) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
+job=$(gpus=0 submit lost 40 run.save_every=2) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
 wait_for 120 "the first steps" has_steps lost 5
 for pid in $(grep -lsz "^SLURMD_NODENAME=n2" /proc/[0-9]*/environ | cut -d / -f 3) "$second"; do kill -KILL "$pid" || true; done
 wait_for 60 "the lost node to be down" sh -c "sinfo --noheader --nodes=n2 --format=%t | grep -q down"
+wait_for 90 "the job in the queue again" sh -c "scontrol --oneliner show job $job | grep -q ' Restarts=1 '"
 lost=$(num_steps lost)
-start slurmd2 slurmd -D -N n2
+scontrol update JobId="$job" NumNodes=1 NumTasks=2 # it would wait for two otherwise
 ends COMPLETED 0:0 1 "$job" lost
 grep -q "a node of it does not answer; it goes into the queue again" "$folder/lost.log"
-[ "$lost" -lt "$(num_steps lost)" ]
-echo "tests/slurm: a node lost after step $lost, requeued, to the end when it is back: passed, $(num_steps lost) steps"
+grep -q "going on from .*/step_" "$folder/lost.log"
+[ "$(field "$job" NumNodes)" = 1 ] && [ "$lost" -lt "$(num_steps lost)" ]
+echo "tests/slurm: a node lost after step $lost, requeued, to the end on the node that is left: passed, $(num_steps lost) steps"
 good=yes
