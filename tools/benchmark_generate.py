@@ -289,7 +289,7 @@ def arguments() -> argparse.Namespace:
         "--batch", type=int, action="append", help="most rows in flight; 64 by default (large: 32), on a GPU 1, 16, 64 and 256"
     )
     parser.add_argument("--prompt-len", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tolerance", type=float, help="most that log-probabilities may differ by; 1e-4, in bf16 0.1")
     args = parser.parse_args()

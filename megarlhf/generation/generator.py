@@ -96,7 +96,7 @@ class Generator:
         Every rank passes the same prompts and gets the same rollouts. Each data-parallel copy answers its share: at most
         max_batch_size rows at a time, and no more than kv_cache_bytes of each of its ranks hold; a row enters where another has
         ended. Log-probabilities are those of softmax(logits / temperature) over the whole vocabulary, whatever top_k and top_p leave
-        out; at temperature 0 those at temperature 1.
+        out; at temperature 0 those at temperature 1. `listener` may be given on some ranks only; what it raises ends the call.
 
         ValueError when a prompt leaves no room in the context, or kv_cache_bytes hold not one row.
         """
@@ -114,6 +114,8 @@ class Generator:
         slots = slots_within(kv_cache_bytes, self.bytes_per_slot(capacity), wanted=min(most, max_batch_size or most), capacity=capacity)
         mine = hands[self.groups.coordinates.dp]
         answers = Answers(self.last_ids, listener)
+        if listener is not None:
+            listener.begin([row.number for row in mine])
         with self._generating():
             flights = self._flights(prompts, deque(mine), slots, capacity, answers)
             self._fly(flights, functools.partial(self._choose, sampling, seed=seed, iteration=iteration))

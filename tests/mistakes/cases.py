@@ -146,6 +146,8 @@ VALUES = [
     ("generate", "sampling.temperature=-1", "sampling.temperature must be at least 0, got -1"),
     ("generate", "sampling.temperature=1e-30", "sampling.temperature must be 0 (the most likely token) or at least 0.01, got 1e-30"),
     ("generate", "sampling.temperature=.nan", "sampling.temperature must be a finite number, got nan"),
+    ("generate", "samples_per_prompt=0", "samples_per_prompt must be at least 1, got 0"),
+    ("ppo", "generation.max_logprob_gap=0", "generation.max_logprob_gap must be above 0, got 0"),
     ("generate", "sampling.max_new_tokens=1000000000", "sampling.max_new_tokens must be at most 1048576, got 1000000000"),
     ("generate", "sampling.max_batch_size=0", "sampling.max_batch_size must be at least 1, got 0"),
     ("generate", "sampling.kv_cache_bytes=0", "sampling.kv_cache_bytes must be at least 1, got 0"),
@@ -544,6 +546,8 @@ DOUBTS = [
     ("ppo", "generation.sampling.top_k=5", "generation.sampling.top_k samples from other probabilities than the update assumes"),
     ("sft", "data.valid={recipe}/demonstrations.jsonl", "data.valid is data.train"),
     ("reward", "", "model.architecture starts from random weights; the paper loads a trained model here"),
+    ("generate", "sampling.temperature=0 samples_per_prompt=2", "samples_per_prompt: at sampling.temperature 0 they are all the same"),
+    ("ppo", "ppo.recompute_logprobs=false generation.max_logprob_gap=1", "generation.max_logprob_gap compares nothing without"),
     ("generate", "sampling.temperature=0 sampling.top_k=5", "sampling.top_k has no effect with temperature 0"),
     (
         "evaluate",

@@ -3,6 +3,7 @@
 from megarlhf.config.packages import has_dali
 from tests.wiring.case import Case
 from tests.wiring.sections import (
+    GONE,
     frozen_cases,
     limits_cases,
     loaded_cases,
@@ -237,6 +238,8 @@ PPO = [
          exact={"steps/policy/ptx/rows": (16,)}),
     Case("ppo.unfinished_penalty=-3.0", SCORES, may=RETURNS, exact={"metrics/rollout/reward_mean": (-3.0,)}),
     Case("ppo.recompute_logprobs=false", "metrics/rollout/generator_logprob_gap passes/policy", rounding=f"* {KL} {RETURNS} samples/*"),
+    Case("generation.max_logprob_gap=1e-30", "exit refused", may=f"* {GONE}", exact={"exit": 1},
+         says="and generation.max_logprob_gap is 1e-30: these responses are not the policy's"),
     Case("ppo.warmup_iterations=5", "steps/policy/rate steps/value/rate", may=f"* said/megarlhf_ppo {PPO_STEPS}", base="ppo.iterations=3"),
     Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
     Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
@@ -309,6 +312,11 @@ GENERATE = [
     *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*", passes=False),
     Case("model.micro_batch_size=2", "said/megarlhf_generate"),
     Case("model.micro_batch_tokens=40", "said/megarlhf_generate"),
+    Case(
+        "samples_per_prompt=2",
+        "responses/sample responses/response inputs/samples_per_prompt answers/cache",
+        may="responses/* stdout said/*",
+    ),
     Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts", may="* inputs/* said/*"),
     *limits_cases(responses=False, file="prompts"),
     Case("limits.max_response_len=30", "said/megarlhf_generate"),
