@@ -166,6 +166,10 @@ class GenerationConfig:
     verify_weights: VerifyWeights = "first"
     """When a generator of another layout is compared with the policy by checksums of all weights: after they were first published,
     always, or never. A difference stops the run."""
+    max_logprob_gap: Positive | None = 0.1
+    """Most nats by which the generator's and the trainer's log-probability of a token may differ in the mean over an iteration's
+    response tokens (rollout/generator_logprob_gap_mean); beyond it the run stops before it learns from them. Rounding is some 1e-6 in
+    fp32 and 0.01 in bf16. null: never. Without ppo.recompute_logprobs the two are one, and nothing is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,4 +301,6 @@ class PpoConfig(StageConfig):
         found += reference_doubts("policy", self.policy, self.reference)
         sampling = self.generation.sampling
         biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
+        if not self.ppo.recompute_logprobs and self.generation.max_logprob_gap not in (None, 0.1):
+            found.append("generation.max_logprob_gap compares nothing without ppo.recompute_logprobs")
         return found + [f"generation.sampling.{name} samples from other probabilities than the update assumes" for name in biased]

@@ -30,7 +30,7 @@ from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.rewards import RewardFunctions, Rewards, RewardsOf
 from megarlhf.trainers.policy_generator import PolicyGenerator
-from megarlhf.trainers.ppo_metrics import group_metrics, rollout_metrics, value_metrics
+from megarlhf.trainers.ppo_metrics import group_metrics, require_same_policy, rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
 
 
@@ -116,6 +116,7 @@ class ProximalPolicyOptimization(Stage):
         with self.phases("score"):
             roles.turn_to("score")
             judged = self.judged(rollouts, rows, minibatches[0])
+        require_same_policy(rollouts, judged.logprobs, most=self.config.generation.max_logprob_gap)
         experience, targets = self.experience(rollouts, judged)
 
         # experience -> updates

@@ -16,6 +16,7 @@ import torch
 from megarlhf.config import ConfigError
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
+from megarlhf.evaluation import responses
 from megarlhf.evaluation.responses import Purpose, ResponseJudge, generate
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
@@ -452,7 +453,8 @@ def check_purposes(folder, runs):
     assert seeds == [by_purpose["ppo rollouts"], by_purpose["ppo validation"]]
     stage = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'sft'}"], stop_before=0)
     found = [stage.judge.purpose, stage.judge.seed]
-    with mock.patch.object(ResponseJudge, "judge", lambda judge: found.append(judge.purpose) or _enough()):
+    judging = mock.patch.object(ResponseJudge, "judge", lambda judge: found.append(judge.purpose) or _enough())
+    with judging, mock.patch.object(responses, "generate", lambda *args, **how: found.append(how["purpose"]) or _enough()):
         for name in ("generate", "evaluate"):
             with contextlib.suppress(Interrupted):
                 run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}"])
@@ -612,8 +614,12 @@ def check_answers(folder, runs):
     for stage in ("generate", "evaluate"):
         at, ids = [f"run.dir={runs / stage}"], f"prompts={runs}/ids.jsonl"
         for name, overrides in {
-            "first": [], "again": ["model.micro_batch_size=3"], "prompts": [f"prompts={runs}/others.jsonl"],
-            "ids": [f"prompts={runs}/renamed.jsonl"], "model": [f"model.load={folder}/runs/sft"], "sampling": ["sampling.temperature=0.5"],
+            "first": [],
+            "again": ["model.micro_batch_size=3"],
+            "prompts": [f"prompts={runs}/others.jsonl"],
+            "ids": [f"prompts={runs}/renamed.jsonl"],
+            "model": [f"model.load={folder}/runs/sft"],
+            "sampling": ["sampling.temperature=0.5"],
         }.items():
             given = any(override.startswith("prompts=") for override in overrides)
             said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides, *([] if given else [ids])])[1]
