@@ -120,7 +120,7 @@ class Optimizer:
     @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by in the backward pass: 1 but for fp16."""
-        return float(self.megatron.get_loss_scale())
+        return 1.0 if self.megatron.grad_scaler is None else float(self.megatron.get_loss_scale())
 
     @property
     def at_smallest_loss_scale(self) -> bool:
@@ -138,14 +138,18 @@ class Optimizer:
         return self.megatron.scale_loss(loss)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> UpdateResult:
-        """Clip, update the master weights and gather the parameters; skipped on every rank where any gradient is not finite."""
+    def step(self, learning_rate: float, beside: Tensor) -> tuple[UpdateResult, list[float]]:
+        """Clip, update the master weights and gather the parameters; skipped on every rank where any gradient is not finite.
+
+        The device is waited for once, when the gradient norm is read; `beside` [n] is read with it, and returned.
+        """
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
         scale = self.loss_scale
         overflow = self.megatron.prepare_grads()
-        norm = self._grad_norm()
+        square, *read = torch.cat([self._square_of_grad_norm(), beside.double()]).tolist()
+        norm = math.sqrt(square)
         skipped = overflow or not math.isfinite(norm)
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         scale_now = self.loss_scale
@@ -158,20 +162,21 @@ class Optimizer:
             consecutive_skips=self.consecutive_skips,
         )
         if skipped:
-            return result
+            return result, read
         clip = self.settings.clip_grad
         if clip is not None and norm > clip:
             torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
         self.megatron.step_with_ready_grads()
         self.updates += 1
         self.weights_version += 1
-        return result
+        return result, read
 
-    def _grad_norm(self) -> float:
+    def _square_of_grad_norm(self) -> Tensor:
+        """[1] float64 on the device, the same on all ranks."""
         grads = [grad for shard in self.shards() for grad in self._counted(shard)]
         norms = torch._foreach_norm(grads) if grads else []
-        square = torch.stack([norm.double() ** 2 for norm in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
-        return float(sum_over_world(square.reshape(1).to(self.groups.device), self.groups)) ** 0.5
+        square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        return sum_over_world(square.reshape(1).to(self.groups.device), self.groups)
 
     def _counted(self, shard: MasterShard) -> Iterator[Tensor]:
         """The parts of a shard's gradient that this rank brings into the norm."""

@@ -17,6 +17,7 @@ from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
 from megarlhf.engine.schedule import padding_behind, run_schedule, sum_gradients
 from megarlhf.engine.terms import Term
 from megarlhf.models.transformer import ModelSpec, Transformer
+from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import any_rank, sum_over_copies
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import seed_dropout
@@ -148,10 +149,13 @@ class TrainEngine(Engine):
         self.offload.send_for("weights", "gradients", "optimizer")
         self.offload.need("weights", "gradients")
         self.optimizer.zero_grad()
-        run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
+        with platform.named_range("forward and backward"):
+            run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
         self.offload.need("optimizer")
-        update = self.optimizer.step(learning_rate)
-        losses, stats = self._summed(terms, totals)
+        with platform.named_range("optimizer step"):
+            sums = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups)
+            update, whole = self.optimizer.step(learning_rate, beside=sums)
+        losses, stats = _by_term(terms, whole)
         self._note_bad_step(terms, losses, update)
         self.steps += 1
         return StepResult(
@@ -181,21 +185,20 @@ class TrainEngine(Engine):
         idle = [_Piece(term, None, divisor)] * (len(padded_share(mine, self.groups)) - len(mine))
         return real + idle
 
-    def _summed(self, terms: Sequence[Term], totals: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        whole = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups).tolist()
-        losses: dict[str, float] = {}
-        stats: dict[str, tuple[float, float]] = {}
-        for term in terms:
-            loss, *pairs = whole[: len(totals[term.name])]
-            whole = whole[len(totals[term.name]) :]
-            losses[term.name] = loss / term.loss.count(term.batch)
-            for i, name in enumerate(term.loss.stats):
-                stats[f"{term.name}/{name}"] = (pairs[2 * i], pairs[2 * i + 1])
-        return losses, stats
+
+def _by_term(terms: Sequence[Term], sums: Sequence[float]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(loss of each term, "term/statistic" -> (sum, count)) from each term's sums over the whole batch, one term after the other."""
+    left = iter(sums)
+    losses: dict[str, float] = {}
+    stats: dict[str, tuple[float, float]] = {}
+    for term in terms:
+        losses[term.name] = next(left) / term.loss.count(term.batch)
+        stats |= {f"{term.name}/{name}": (next(left), next(left)) for name in term.loss.stats}
+    return losses, stats
 
 
 def _uploaded(batch: Rows, device: torch.device) -> Rows:
-    names = [field.name for field in fields(batch)]
+    names = [field.name for field in fields(batch) if field.name not in batch.on_host]
     return replace(batch, **dict(zip(names, upload([getattr(batch, name) for name in names], device), strict=True)))
 
 
