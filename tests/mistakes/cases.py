@@ -138,6 +138,7 @@ VALUES = [
     ("evaluate", "tasks=[{recipe}/prompts.jsonl] shots=5000", "shots must be at most 1000, got 5000"),
     ("evaluate", "tasks={recipe}/prompts.jsonl", "tasks: expected list of str, got"),
     ("sft", "run.save_minutes=-1", "run.save_minutes must be at least 0, got -1"),
+    ("sft", "run.profile_step=-1", "run.profile_step must be at least 0, got -1"),
     ("sft", "run.stop_after_minutes=0", "run.stop_after_minutes must be above 0, got 0"),
     ("pretrain", "run.stop_after_minutes=3h50m", 'run.stop_after_minutes: expected float or null, got "3h50m"'),
     ("sft", "run.alert_deviations=0.5", "run.alert_deviations must be at least 1, got 0.5"),

@@ -66,6 +66,8 @@ def run_cases(*, three, seed, seed_may="", evaluated="metrics/valid/*", peak):
         Case("run.alert_window=3", "process/alerts", exact={"process/alerts": "8.0 deviations, window 3"}),
         Case("run.max_skipped_steps=1", "refused metrics/step", may=f"* files {STEPS}", base=broken, says="not finite in the last 1 steps"),
         Case("run.eval_every=1", evaluated, may="samples/* passes/* answers/*", base=three),
+        Case("run.profile_step=2", "files", base=three),
+        refused("run.profile_step=4", "run.profile_step 4 comes after the run's last step, 3", base=three),
         Case("run.sinks=[jsonl, tensorboard]", "process/sinks", exact=sinks),
         Case("run.wandb_mode=online", "process/sinks", base="run.sinks=[jsonl, wandb]", exact=online),
         *process_cases(),
