@@ -180,6 +180,9 @@ class TrainedModelConfig(ModelConfig):
     """Its optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of attention, or those of whole layers."""
+    overlap: bool = False
+    """Exchange gradients and weights between data-parallel ranks in parts, beside the computation: the sums are the same but for
+    their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

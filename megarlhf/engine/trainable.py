@@ -73,14 +73,17 @@ class TrainEngine(Engine):
         seed: int,
         micro_batch_tokens: int | None = None,
         offload: Collection[Kind] = (),
+        overlap: bool = False,
     ) -> None:
+        """Args: overlap: see `Optimizer`; the others: see `Engine`."""
         super().__init__(spec, groups, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens, offload=offload)
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
         self.bad_step: BadStep | None = None
         """The first step since the caller last took it whose loss or gradients were not finite."""
-        self.optimizer = Optimizer(self.transformers, spec, groups, adam)
+        self.optimizer = Optimizer(self.transformers, spec, groups, adam, overlap=overlap)
+        self.offload.finish_gather = self.optimizer.finish_gather
         self.chunks = self.optimizer.chunks
         self.ema: ExponentialMovingAverage | None = None
         for transformer in self.transformers:
@@ -137,7 +140,7 @@ class TrainEngine(Engine):
         def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, None]:
             piece = pieces[number]
             if piece.batch is None:
-                return hidden.float().sum() * 0.0, None
+                return self._nothing(model, hidden), None
             loss = piece.term.loss
             output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
             total, stats = loss(output, _uploaded(piece.batch, hidden.device))
@@ -165,6 +168,14 @@ class TrainEngine(Engine):
             tokens=sum(int(term.batch.lengths.sum()) for term in terms),
             positions=sum(self._positions(term) for term in terms),
         )
+
+    def _nothing(self, model: Transformer, hidden: Tensor) -> Tensor:
+        """The loss of an idle micro-batch: 0. Where exchanges overlap it touches every parameter: a gradient says that it may be sent."""
+        loss = hidden.float().sum() * 0.0
+        if self.optimizer.overlap:
+            heads = [p for name, p in model.named_parameters() if name.startswith(("output_layer.", "scalar_head."))]
+            loss = loss + sum(p.float().sum() * 0.0 for p in heads)
+        return loss
 
     def _note_bad_step(self, terms: Sequence[Term], losses: dict[str, float], update: UpdateResult) -> None:
         bad = not all(map(math.isfinite, losses.values())) or (update.skipped and not update.searching_loss_scale)

@@ -80,6 +80,7 @@ VALUES = [
     ("sft", "model.micro_batch_size=0", "model.micro_batch_size must be at least 1, got 0"),
     ("sft", "model.micro_batch_tokens=0", "model.micro_batch_tokens must be at least 1, got 0"),
     ("sft", "model.precision=fp8", 'model.precision: expected "fp32" | "bf16" | "fp16", got "fp8"'),
+    ("sft", "model.overlap=sometimes", 'model.overlap: expected bool, got "sometimes"'),
     ("sft", "model.recompute=ful", 'got "ful"; did you mean "full"?'),
     ("sft", "epochs=0", "epochs must be at least 1, got 0"),
     ("sft", "epochs=0.5", "epochs: expected int, got 0.5"),

@@ -31,8 +31,8 @@ def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(n
     with fake_world(0, 4) as world, ReadsCounted() as meter:
         groups = world.groups(world.layout(tp=2))
         Recorder(world, meter, gpus_per_node=4).use(groups)
-        for size in (100, 2, 1):
-            engine = TrainEngine(SPECS[name], groups, micro_batch_size=size, adam=ADAM, seed=1)
+        for size, overlap in ((100, False), (2, True), (1, False)):
+            engine = TrainEngine(SPECS[name], groups, micro_batch_size=size, adam=ADAM, seed=1, overlap=overlap)
             passes = sum(len(engine.shares(term.batch)[0]) for term in terms_of(name))
             meter.reads.clear()
             engine.step(terms_of(name), learning_rate=1e-3)
