@@ -39,6 +39,8 @@ class PpoDataConfig:
 
     prompts: InputFile
     """JSONL of {"prompt"}."""
+    prompts_may_grow: bool = False
+    """A resume may find prompts added behind those that the run began with: a new epoch over all of them begins."""
     prompts_valid: InputFile | None = None
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None

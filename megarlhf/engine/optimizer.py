@@ -237,22 +237,24 @@ class Optimizer:
         }
 
     @torch.no_grad()
-    def restore(self, moments: dict[torch.nn.Parameter, tuple[Tensor, Tensor]], *, updates: int) -> None:
-        """Set Adam's state from a checkpoint.
+    def restore(self, *, updates: int) -> dict[torch.nn.Parameter, tuple[Tensor, Tensor]]:
+        """Make Adam's state that of `updates` updates, and return its moments as `moments` does, for the caller to fill.
 
         torch's AdamW counts updates per tensor; Transformer Engine's and Apex's fused Adam count them per group.
         """
         self.updates = updates
         counts_per_tensor = isinstance(self.adam, torch.optim.AdamW)
         for shard in self.shards():
-            first, second = (moment.to(shard.main.device).view(shard.main.shape).clone() for moment in moments[shard.parameter])
-            state = {"exp_avg": first, "exp_avg_sq": second}
+            state = self.adam.state[shard.main]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.empty_like(shard.main)
             if counts_per_tensor:
                 state["step"] = torch.tensor(float(updates), device=shard.main.device)
-            self.adam.state[shard.main] = state
         if not counts_per_tensor:
             for group in self.megatron.param_groups:
                 group["step"] = updates
+        return self.moments()
 
     @torch.no_grad()
     def publish_masters(self) -> None:

@@ -3,6 +3,7 @@
 from megarlhf.config.packages import has_dali
 from tests.wiring.case import Case
 from tests.wiring.sections import (
+    GONE,
     frozen_cases,
     limits_cases,
     loaded_cases,
@@ -181,6 +182,8 @@ PPO = [
     *frozen_cases("reference", other="deep", moved=f"{KL} {RETURNS}"),
     *offload_cases("reference", weights="weights"),
     Case(f"data.prompts={R}/other_prompts.jsonl", "samples/prompt fingerprints/data.prompts cursors/order/num_items", may=f"* {DATA_NOTES}"),
+    Case("data.prompts_may_grow=True", "exit refused", may=f"* {GONE} {DATA_NOTES}", base=f"ppo.iterations=2 data.prompts={R}/more_prompts.jsonl",
+         prepare="fewer prompts", exact={"exit": 0}),
     Case(f"data.prompts_valid={R}/other_prompts.jsonl", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
          may=f"metrics/valid/kl metrics/valid/response_len metrics/valid/finished_fraction passes/* answers/* {DATA_NOTES}"),
     Case("data.prompts_valid=null", "metrics/valid/reward_mean fingerprints/data.prompts_valid",

@@ -89,7 +89,12 @@ def end_with_damage(words, run):
     part.write_bytes(content[:-1] + bytes([content[-1] ^ 0x40]))
 
 
-PREPARED = {"a damaged newest": end_with_damage}
+def end_with_fewer_prompts(words, run):
+    """A run that is done, of fewer iterations and with the recipe's own prompts."""
+    assert cli.main([word for word in words if not word.startswith(("ppo.iterations=", "data.prompts="))]) == 0
+
+
+PREPARED = {"a damaged newest": end_with_damage, "fewer prompts": end_with_fewer_prompts}
 """What is done with a run's folder before it is observed, with the base's command line."""
 
 
