@@ -292,7 +292,7 @@ DPO = [
 
 IDLE = [
     "run.save_every=3", "run.save_minutes=3.0", "run.stop_after_minutes=3.0", "run.keep_checkpoints=3", "run.keep_every=3", "run.save_in_background=False",
-    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3",
+    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3", "run.profile_step=3",
 ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ The cases are in `cases` and `sections`, what is seen of a run in `observation`,
 """
 
 import fnmatch
+import gzip
+import json
 import re
 import shutil
 from unittest import mock
@@ -130,6 +132,19 @@ def test_every_reason_is_needed():
 def test_a_run_without_changes_is_the_same_twice(observed, command):
     assert observed(command)["exit"] == 0
     assert observation.differing(observed(command), observed(command, anew=True)) == set()
+
+
+def test_a_profile_is_a_trace_with_the_names_of_the_phases(recipe, tmp_path):
+    assert cli.main(["ppo", "--config", f"{recipe}/ppo.yaml", f"run.dir={tmp_path / 'run'}", "run.profile_step=1"]) == 0
+    (path,) = (tmp_path / "run" / "profiles").iterdir()
+    assert path.name == "step_00000001_rank_00000.json.gz"
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    spans = {event["name"]: event for event in events if event.get("ph") == "X"}
+    phases = ["reshard", "generate", "score", "update"]
+    assert {*phases, "forward and backward", "optimizer step", "aten::addmm"} <= spans.keys()
+    starts = [spans[phase]["ts"] for phase in phases]
+    assert starts == sorted(starts) and all(spans[phase]["dur"] > 0 for phase in phases)
 
 
 # Layouts
