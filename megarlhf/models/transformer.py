@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention, packed_rows_of_layers
-from megarlhf.models.linear import ColumnLinear, RowLinear, float32_product
+from megarlhf.models.linear import ColumnLinear, RowLinear, few_by_many
 from megarlhf.models.norm import Norm
 from megarlhf.models.parallel_residual import ParallelResidualLayer
 from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, layout_violations, shards_held
@@ -76,7 +76,7 @@ class Transformer(GPTModel):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., h] chosen from `full_hidden` -> [..., padded_vocab / tp] float32, this rank's shard of the vocabulary; no gradient."""
-        return float32_product(hidden.flatten(0, -2), self._head_weight().t()).unflatten(0, hidden.shape[:-1])
+        return few_by_many(hidden.flatten(0, -2), self._head_weight()).unflatten(0, hidden.shape[:-1])
 
     def predictions(
         self, hidden: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, entropy_too: bool

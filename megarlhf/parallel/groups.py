@@ -137,8 +137,13 @@ class World:
         prepare_megatron_globals()
         rank = dist.get_rank()
         return World(
-            rank=rank, size=dist.get_world_size(), local_rank=place.local_rank, device=platform.device(), timeout=timeout,
-            alarm=Alarm(store, rank, reconnect), store=store,
+            rank=rank,
+            size=dist.get_world_size(),
+            local_rank=place.local_rank,
+            device=platform.device(),
+            timeout=timeout,
+            alarm=Alarm(store, rank, reconnect),
+            store=store,
         )
 
     @staticmethod
