@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import mmap
 import sys
 import types
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import torch
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """mallopt's numbers for its parameters (glibc's malloc.h)."""
+MAPPED_BYTES = 32 * 2**20
+"""What is at least so large glibc maps anew whatever it is told: its largest threshold."""
 FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
     *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
@@ -63,8 +66,20 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value that glibc takes
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def ask_for_large_pages(tensor: torch.Tensor) -> None:
+    """On the CPU, have a new tensor that is mapped anew in spite of `keep_freed_memory` touched 2 MiB at a time, not 4 KiB.
+
+    The system may do so or not; nothing but time depends on it.
+    """
+    if tensor.device.type != "cpu" or tensor.nbytes < MAPPED_BYTES or not sys.platform.startswith("linux"):
+        return
+    page = mmap.PAGESIZE
+    first, stop = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((stop - first) * page), mmap.MADV_HUGEPAGE)
 
 
 def synchronize() -> None:

@@ -111,11 +111,11 @@ class Resharder:
     def _agree_on_dtypes(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, int]:
         """Bytes per element of every parameter of the model, those included that this rank does not hold."""
         index = {name: i for i, name in enumerate(self._specs)}
-        seen = torch.zeros(len(index), len(DTYPES), dtype=torch.int32)
+        flags = [[0] * len(DTYPES) for _ in index]
         for tensors in (source, target):
             for name, tensor in tensors.items():
-                seen[index[name], DTYPES.index(tensor.dtype)] = 1
-        seen = seen.to(self._groups.device)
+                flags[index[name]][DTYPES.index(tensor.dtype)] = 1
+        seen = torch.tensor(flags, dtype=torch.int32, device=self._groups.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._groups.world)
         sizes = {}
         for name, row in zip(self._specs, seen.tolist(), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import Head, Shard, parameter_specs, shards_held
+from megarlhf.parallel import platform
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.resharding.execute import Resharder
 from megarlhf.resharding.plan import Copy, plan_reshard
@@ -76,6 +77,7 @@ class Publisher:
                 tensor.data = source.detach().narrow(view.dim, view.source_start, view.size)
             elif tensor.shape != self._shapes[name]:  # it was released
                 tensor.data = tensor.detach().new_empty(self._shapes[name])
+                platform.ask_for_large_pages(tensor.data)
 
     def release(self, target_parameters: Mapping[str, Tensor]) -> None:
         """Free what the generator's weights take beside the policy's, until they are published again; nothing when `in_place`."""
