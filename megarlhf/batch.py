@@ -8,7 +8,7 @@ no longer needs, so that a micro-batch is never wider than its longest row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Rows:
     def num_rows(self) -> int:
         """Rows of the batch."""
         return self.tokens.shape[0]
+
+    on_host: ClassVar[tuple[str, ...]] = ()
+    """What stays on the host where the others go to a device: shapes depend on its values, and asking a device for them waits for it."""
 
     @property
     def groups(self) -> Tensor | None:
@@ -115,6 +118,7 @@ class RankingBatch(Rows):
     """[completions] int64: 1 is best, equal ranks are ties."""
     prompt_index: Tensor
     """[completions] int64: which prompt of the batch each completion answers."""
+    on_host: ClassVar[tuple[str, ...]] = ("prompt_index",)
 
     @property
     def groups(self) -> Tensor:

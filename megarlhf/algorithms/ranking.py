@@ -21,8 +21,11 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
 
 
 def comparisons(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts])."""
-    table = completions_by_prompt(prompt_index)
+    """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts]).
+
+    prompt_index may be on the host where ranks are not: what it says decides shapes.
+    """
+    table = completions_by_prompt(prompt_index).to(ranks.device)
     real, rank = table >= 0, ranks[table]  # [prompts, K]
     better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])
     return table, better, better.sum(dim=(1, 2))

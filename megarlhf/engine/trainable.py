@@ -195,7 +195,7 @@ class TrainEngine(Engine):
 
 
 def _uploaded(batch: Rows, device: torch.device) -> Rows:
-    names = [field.name for field in fields(batch)]
+    names = [field.name for field in fields(batch) if field.name not in batch.on_host]
     return replace(batch, **dict(zip(names, upload([getattr(batch, name) for name in names], device), strict=True)))
 
 
