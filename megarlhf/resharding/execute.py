@@ -144,8 +144,6 @@ class Resharder:
         to_shape = shard_of(spec, target.coordinates(piece.target).tp, target.tp).shape
         inner = element_size * math.prod(spec.shape[piece.dim + 1 :])
         rows, size = math.prod(spec.shape[: piece.dim]), piece.size * inner
-        if piece.size == from_shape[piece.dim] == to_shape[piece.dim]:
-            rows, size = 1, rows * size
         row, cut = torch.arange(rows)[:, None], torch.arange(0, size, MOST_BYTES)
         starts = (
             (row * shape[piece.dim] + start) * inner + cut

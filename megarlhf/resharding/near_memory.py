@@ -50,16 +50,15 @@ class NearMemory:
 
         Args: [n] int64: addresses there, addresses here, bytes of each, none above `MOST_BYTES`.
         """
-        there, here = (torch.stack((addresses, sizes), dim=1) for addresses in (remote, local))  # arrays of C's struct iovec
         start = 0
         while start < len(sizes):
             count = min(MOST_RANGES, len(sizes) - start)
             while (wanted := int(sizes[start : start + count].sum())) > MOST_BYTES and count > 1:
                 count //= 2
-            pointers = (ctypes.c_void_p(part[start].data_ptr()) for part in (here, there))
-            local_ranges, remote_ranges = ((pointer, ctypes.c_ulong(count)) for pointer in pointers)
+            here, there = (_joined(side[start : start + count], sizes[start : start + count]) for side in (local, remote))
+            ranges = (word for side in (here, there) for word in (ctypes.c_void_p(side.data_ptr()), ctypes.c_ulong(len(side))))
             self._call.restype = ctypes.c_ssize_t
-            done = self._call(self._processes[rank], *local_ranges, *remote_ranges, ctypes.c_ulong(0))
+            done = self._call(self._processes[rank], *ranges, ctypes.c_ulong(0))
             if done != wanted:
                 number = ctypes.get_errno() if done < 0 else 0
                 raise OSError(number, f"{max(done, 0)} of {wanted} bytes were read from the memory of rank {rank}: {os.strerror(number)}")
@@ -83,3 +82,11 @@ class NearMemory:
         except OSError:
             return False
         return torch.equal(seen, told[2:])
+
+
+def _joined(addresses: Tensor, sizes: Tensor) -> Tensor:
+    """[m, 2], an array of C's struct iovec: the ranges, those that follow one another in memory as one, since each costs a microsecond."""
+    ends = addresses + sizes
+    first = torch.cat((torch.ones(1, dtype=torch.bool), addresses[1:] != ends[:-1])).nonzero()[:, 0]
+    last = torch.cat((first[1:] - 1, torch.tensor([len(sizes) - 1])))
+    return torch.stack((addresses[first], ends[last] - addresses[first]), dim=1)
