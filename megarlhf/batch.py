@@ -32,6 +32,9 @@ class Rows:
         """Rows of the batch."""
         return self.tokens.shape[0]
 
+    on_host: ClassVar[tuple[str, ...]] = ()
+    """What stays on the host where the others go to a device: shapes depend on its values, and asking a device for them waits for it."""
+
     @property
     def groups(self) -> Tensor | None:
         """[batch] int64 ids of rows that one micro-batch must hold together, or None where each row stands alone."""
@@ -119,6 +122,7 @@ class RankingBatch(Rows):
     """[completions] int64: 1 is best, equal ranks are ties."""
     prompt_index: Tensor
     """[completions] int64: which prompt of the batch each completion answers."""
+    on_host: ClassVar[tuple[str, ...]] = ("prompt_index",)
 
     @property
     def groups(self) -> Tensor:

@@ -23,9 +23,9 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
 def comparisons(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts]).
 
-    They come to be where ranks and prompt_index are: on a device it would be asked for their shapes, and waited for.
+    prompt_index says the shapes: on a device it would be asked for them, and waited for. ranks may be elsewhere.
     """
-    table = completions_by_prompt(prompt_index)
+    table = completions_by_prompt(prompt_index).to(ranks.device)
     real, rank = table >= 0, ranks[table]  # [prompts, K]
     better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])
     return table, better, better.sum(dim=(1, 2))
