@@ -39,6 +39,8 @@ class PpoDataConfig:
 
     prompts: InputFile
     """JSONL of {"prompt"}."""
+    prompts_may_grow: bool = False
+    """A resume may find prompts added behind those that the run began with: a new epoch over all of them begins."""
     prompts_valid: InputFile | None = None
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None
@@ -243,6 +245,11 @@ class PpoRewardConfig(PpoReferenceConfig):
     normalize: bool = False
     """Bring each reward to mean 0 and variance 1 over an iteration's responses before it is weighted; not in validation."""
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a reward model, and not functions alone."""
+        return self.load is not None or self.architecture is not None
+
     def violations(self) -> list[str]:
         """Rules within the section."""
         names = [function.name for function in self.functions]
@@ -250,10 +257,10 @@ class PpoRewardConfig(PpoReferenceConfig):
         found = [f"functions has two of the name {name}: their metrics would share it" for name in twice]
         if "model" in names:
             found.append("functions has one of the name model, which stands for the reward model: rename it")
-        if self.functions and self.load is None and self.architecture is None:
+        if self.functions and not self.has_model:
             idle = [key for key, default in (("load_model", None), ("weight", 1.0), ("offload", ())) if getattr(self, key) != default]
             return found + [f"{key} speaks of a reward model, and load is not given" for key in idle]
-        if self.load is None and self.architecture is None:
+        if not self.has_model:
             return [*found, "load (a reward model) or functions (rewards of one's own) must be given; neither is"]
         return found + super().violations()
 

@@ -91,6 +91,7 @@ def generator_of(engine: Engine, tokenizer: Tokenizer, *, stop_ids: Sequence[int
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         stop_ids=stop_ids,
+        check_weights=lambda: engine.offload.need("weights"),
     )
 
 

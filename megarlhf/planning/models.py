@@ -25,6 +25,7 @@ HEADS = {
     "pretrain": {"model": "lm"},
     "sft": {"model": "lm", "reward": "scalar"},
     "reward": {"model": "scalar"},
+    "dpo": {"model": "lm", "reference": "lm"},
     "ppo": {"policy": "lm", "value": "scalar", "reward": "scalar", "reference": "lm"},
 }
 """Stage -> the models that it may name, and their heads."""
@@ -165,6 +166,8 @@ class _Architectures:
     @staticmethod
     def _made_by(path: Path, run_dir: str) -> ModelConfig | None:
         """The trained model of the run in `path`, where its run.dir is `run_dir`."""
+        if Path(run_dir).as_posix() not in path.read_text(encoding="utf-8"):
+            return None  # so that not every file is looked through for what may be wrong with it
         try:
             config = load_stage_config(path)
         except ConfigError:

@@ -89,6 +89,7 @@ class ModelPlan:
             adam=adam_settings(self.config.adam),
             seed=seed,
             offload=self.offload,
+            overlap=self.config.overlap,
         )
 
     @property

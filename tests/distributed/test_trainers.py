@@ -217,6 +217,32 @@ def check_folders(folder, runs):
     assert "changed since then: run.eval_every 0 -> 1" in printed
     assert [line["step"] for line in curves(runs / "ppo")] == [1, 2, 3]
 
+    lines, grown = (folder / "prompts.jsonl").read_text().splitlines(), runs / "grown.jsonl"
+    added = [json.dumps({"prompt": f"what of {i}?"}) for i in range(5)]
+    for text, allowed, expected in (
+        ([*lines, *added], "false", "data.prompts: 5 prompts were added behind those that the run in .* set data.prompts_may_grow: true"),
+        ([*lines[1:], *added, lines[0]], "true", "data.prompts is not what the run in .* began with: its content has changed"),
+        (lines[:-1], "true", "data.prompts is not what the run in .* began with: its content has changed"),
+    ):
+        grown.write_text("\n".join(text) + "\n")
+        _, refused = said_by(yaml, [at, f"data.prompts={grown}", f"data.prompts_may_grow={allowed}", "ppo.iterations=4", "ppo.clip=0.5"])
+        assert refused is not None and re.search(expected, refused), refused
+    grown.write_text("\n".join([*lines, *added]) + "\n")
+    for iterations in (4, 5):  # the second goes on with the prompts that there are by then, in the same epoch
+        more = [f"data.prompts={grown}", "data.prompts_may_grow=true", f"ppo.iterations={iterations}", "ppo.clip=0.5"]
+        printed, refused = said_by(yaml, [at, *more])
+        assert refused is None, refused
+        said = f"5 prompts were added; a new epoch over all {len(lines) + 5} begins"
+        assert (said in printed) == (iterations == 4)
+    order = ShuffledOrder(len(lines) + 5, seed=1)
+    order.take((len(lines) + 5) * -(-3 * 8 // len(lines)))
+    samples = lines_of(runs / "ppo" / "samples.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in grown.read_text().splitlines()]
+    for step in (4, 5):
+        batch = [prompts[i] for i in order.take(8)]
+        asked = [sample["prompt"] for sample in samples if sample["step"] == step]
+        assert asked and asked == batch[: len(asked)]
+
 
 def test_what_a_start_in_a_used_folder_does(recipe, ranks1, tmp_path):
     for name in ("ppo", "sft"):

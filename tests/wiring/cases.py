@@ -189,6 +189,8 @@ PPO = [
     *frozen_cases("reference", other="deep", moved=f"{KL} {RETURNS}"),
     *offload_cases("reference", weights="weights"),
     Case(f"data.prompts={R}/other_prompts.jsonl", "samples/prompt fingerprints/data.prompts cursors/order/num_items", may=f"* {DATA_NOTES}"),
+    Case("data.prompts_may_grow=True", "exit refused", may=f"* {GONE} {DATA_NOTES}", base=f"ppo.iterations=2 data.prompts={R}/more_prompts.jsonl",
+         prepare="fewer prompts", exact={"exit": 0}),
     Case(f"data.prompts_valid={R}/other_prompts.jsonl", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
          may=f"metrics/valid/kl metrics/valid/response_len metrics/valid/finished_fraction passes/* answers/* {DATA_NOTES}"),
     Case("data.prompts_valid=null", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
@@ -290,7 +292,7 @@ DPO = [
 
 IDLE = [
     "run.save_every=3", "run.save_minutes=3.0", "run.stop_after_minutes=3.0", "run.keep_checkpoints=3", "run.keep_every=3", "run.save_in_background=False",
-    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3",
+    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3", "run.profile_step=3",
 ]  # fmt: skip
 
 
