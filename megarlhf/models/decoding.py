@@ -80,7 +80,7 @@ def _feed_forward(module: nn.Module, x: Tensor) -> Tensor:
     if config.gated_linear_unit:
         gate, up = x.chunk(2, dim=-1)
         return _row_linear(module.linear_fc2, config.activation_func(gate).mul_(up))
-    if config.activation_func is ACTIVATIONS["gelu_tanh"] and not x.is_cuda:
+    if config.activation_func is ACTIVATIONS["gelu_tanh"] and x.device.type == "cpu":
         return _row_linear(module.linear_fc2, _gelu_tanh(x))
     return _row_linear(module.linear_fc2, config.activation_func(x))
 
