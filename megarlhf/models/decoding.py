@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
@@ -63,12 +64,13 @@ def _layer(layer: nn.Module, hidden: Tensor, angles: Angles | None, attention: P
 def _attend(module: nn.Module, layer_number: int, x: Tensor, angles: Angles | None, attention: PackedAttention) -> Tensor:
     size, kv_heads = module.hidden_size_per_attention_head, module.num_query_groups_per_partition
     qkv = F.linear(x, module.linear_qkv.weight, module.linear_qkv.bias).view(len(x), kv_heads, -1, size)
-    query, key, value = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    turned, value = qkv[:, :, :-1], qkv[:, :, -1]  # queries, and the key after them
     if module.q_layernorm is not None:
-        query, key = module.q_layernorm(query), module.k_layernorm(key)
+        turned = torch.cat([module.q_layernorm(turned[:, :, :-1]), module.k_layernorm(turned[:, :, -1:])], dim=2)
     if angles is not None:
-        rotary, (cos, sin) = module.core_attention.rotary, angles
-        query, key = rotary.turned(query, cos[:, None], sin[:, None]), rotary.turned(key, cos, sin)
+        cos, sin = angles
+        turned = module.core_attention.rotary.turned(turned, cos[:, None], sin[:, None])
+    query, key = turned[:, :, :-1], turned[:, :, -1]
     return _row_linear(module.linear_proj, attention.attend(layer_number, query, key, value))
 
 
@@ -78,7 +80,7 @@ def _feed_forward(module: nn.Module, x: Tensor) -> Tensor:
     if config.gated_linear_unit:
         gate, up = x.chunk(2, dim=-1)
         return _row_linear(module.linear_fc2, config.activation_func(gate).mul_(up))
-    if config.activation_func is ACTIVATIONS["gelu_tanh"] and not x.is_cuda:
+    if config.activation_func is ACTIVATIONS["gelu_tanh"] and x.device.type == "cpu":
         return _row_linear(module.linear_fc2, _gelu_tanh(x))
     return _row_linear(module.linear_fc2, config.activation_func(x))
 

@@ -46,7 +46,7 @@ def few_by_many(x: Tensor, weight: Tensor) -> Tensor:
 
     A CPU's BLAS arranges the whole weight for itself before it multiplies, and does that faster for a piece that stays in its cache.
     """
-    if weight.is_cuda or weight.dtype != torch.float32:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return float32_product(x, weight.t())
     out = torch.empty(len(x), len(weight), device=x.device)
     for start in range(0, len(weight), COLUMNS_AT_ONCE):
