@@ -39,7 +39,7 @@ class Form:
     )
     """Layers, width and heads of each size: 0.5, 2.8 and 16 million parameters."""
     documents: int = 20000
-    users: int = 700  # of five prompts each
+    users: int = 1400  # of five prompts each
     heldout: int = 600
     pretrain_steps: int = 1000
     sft_epochs: int = 8
