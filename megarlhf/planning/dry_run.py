@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -72,7 +74,7 @@ class Batch:
     units: int
     """Of a real step."""
     per_micro_batch: int
-    """Units of one micro-batch."""
+    """Units that one micro-batch holds."""
 
 
 class Recorder:
@@ -122,16 +124,20 @@ class Recorder:
         a, layout = engine.spec.architecture, engine.groups.layout
         self.use(engine.groups, logits_width=a.padded_vocab_size // layout.tp if engine.spec.head == "lm" else 0)
 
-    def forward(self, phase: str, role: str, call: Callable[[Engine, int], object], rows: Rows) -> None:
-        """Time a forward pass over `rows`: `call(engine, n)` runs it over the first n of them."""
+    def let_go(self, role: str) -> None:
+        """An engine that is not used any more; what it held stays noted."""
+        del self.engines[role]
+
+    def forward(self, phase: str, role: str, call: Callable[[Engine, Rows], object], rows: Rows, *, of_a_step: float = 1.0) -> None:
+        """Time a forward pass over `rows`, `call(engine, some of them)`; `of_a_step`: how much of it a step has."""
         engine = self.engines[role]
         self._use_engine(role)
         dp, share = engine.groups.layout.dp, _share(rows, engine)
         total, size = len(share), len(share[0])
         few = min(total, 2 * _unit(engine))
         before = self.meter.cost.copy()
-        call(engine, min(rows.num_rows, few * size * dp))
-        cost = (self.meter.cost - before).scaled(total / few)
+        call(engine, rows.rows(torch.arange(min(rows.num_rows, few * size * dp))))
+        cost = (self.meter.cost - before).scaled(of_a_step * total / few)
         self.run.parts.append(Part(phase, role, "forward", cost, micro_batches=total))
 
     def warm_up(self, role: str, batches: Sequence[Batch]) -> Cost:
@@ -148,17 +154,18 @@ class Recorder:
         engine = self._trained(role)
         unit, pp = _unit(engine), engine.groups.layout.pp
         totals = [self._micro_batches(engine, batch) for batch in batches]
-        full = (2 * pp if unit > 1 else pp + 1) - unit * (len(batches) - 1)
-        last = max(unit, min(totals[-1], -(-full // unit) * unit))
-        counts = [unit] * (len(batches) - 1) + [last]
+        amounts = [self._full_micro_batches(engine, batch) for batch in batches]
+        most = totals.index(max(totals))
+        full = max(2 * unit, (2 * pp if unit > 1 else pp + 1) - unit * (len(batches) - 1))  # two at least, to tell what one more costs
+        counts = [unit] * len(batches)
+        counts[most] = max(unit, min(totals[most], -(-full // unit) * unit))
         terms = [batch.make(self._units(engine, batch, count)) for batch, count in zip(batches, counts, strict=True)]
         passes, finalize, update = self._step(engine, terms)
-        if last > unit:
-            of_last = (passes - first).scaled(1 / (last - unit))
-            of_others = (first - of_last.scaled(unit)).scaled(1 / unit / max(1, len(batches) - 1))
-        else:
-            of_last = of_others = first.scaled(1 / unit / len(batches))
-        cost = of_last.scaled(totals[-1]) + of_others.scaled(sum(totals[:-1]))
+        cost = first.scaled(sum(amounts) / unit / len(batches))
+        if counts[most] > unit:
+            of_most = (passes - first).scaled(1 / (counts[most] - unit))
+            of_others = (first - of_most.scaled(unit)).scaled(1 / unit / max(1, len(batches) - 1))
+            cost = of_most.scaled(amounts[most]) + of_others.scaled(sum(amounts) - amounts[most])
         number = sum(totals)
         self.run.parts += [
             Part(phase, role, "forward and backward", cost.scaled(steps), micro_batches=number),
@@ -188,13 +195,20 @@ class Recorder:
         return engine
 
     def _units(self, engine: Engine, batch: Batch, micro_batches: int) -> int:
-        return micro_batches * batch.per_micro_batch * engine.groups.layout.dp
+        return micro_batches * self._at_once(engine, batch) * engine.groups.layout.dp
+
+    def _at_once(self, engine: Engine, batch: Batch) -> int:
+        """Units of one micro-batch, which has no more than a copy's share of them."""
+        return min(batch.per_micro_batch, -(-batch.units // engine.groups.layout.dp))
 
     def _micro_batches(self, engine: Engine, batch: Batch) -> int:
-        """Of a real step, idle ones included."""
-        per_copy = -(-batch.units // engine.groups.layout.dp)
+        """Of a real step, one that is not full and idle ones included."""
         unit = _unit(engine)
-        return -(-max(1, -(-per_copy // batch.per_micro_batch)) // unit) * unit
+        return math.ceil(self._full_micro_batches(engine, batch) / unit) * unit
+
+    def _full_micro_batches(self, engine: Engine, batch: Batch) -> float:
+        """As many as the units of a copy would fill."""
+        return -(-batch.units // engine.groups.layout.dp) / self._at_once(engine, batch)
 
     def _step(self, engine: TrainEngine, terms: list[Term]) -> tuple[Cost, Cost, Cost]:
         """A step; returns the costs of (forward and backward passes, what finishes the gradients, the optimizer)."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megarlhf.parallel import side_stream
+from megarlhf.planning.repetition import Repetition, Work, repetition, signature
 
 NUMBERS = ("flops", "matmul_bytes", "other_bytes", "kernels", "host_bytes")
 aten = torch.ops.aten
@@ -114,6 +115,7 @@ class Meter(TorchDispatchMode):
         self._tag = "other"
         self._total = self._peak_total = 0
         self._storages: dict[int, tuple[int, str]] = {}
+        self._known: dict[tuple, Repetition] = {}
 
     @contextlib.contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
@@ -202,8 +204,32 @@ class Meter(TorchDispatchMode):
             if func is aten.copy_.default and args[0].device != args[1].device:
                 self.cost.host_bytes += _bytes(args[0])
                 return args[0]
+            return self._counted(func, args, kwargs)
         out = func(*args, **kwargs)
-        self._count(func, args, kwargs, out)
+        self._add(self._work(func, args, kwargs, out))
+        return out
+
+    def _counted(self, func, args, kwargs):
+        """An operation on the meta device, run or known from before."""
+        if func.is_view:
+            out = func(*args, **kwargs)
+            for tensor in out if isinstance(out, list | tuple) else (out,):
+                if tensor.device == self.device:
+                    self._track(tensor)
+            return out
+        key = signature(func, args, kwargs)
+        if key is not None and key in self._known:
+            known = self._known[key]
+            out, new = known.again(args)
+            for tensor in new:
+                self._track(tensor)
+            self._add(known.work)
+            return out
+        out = func(*args, **kwargs)
+        work = self._work(func, args, kwargs, out)
+        self._add(work)
+        if key is not None and (known := repetition(args, out, work)) is not None:
+            self._known[key] = known
         return out
 
     def _read(self, tensor: Tensor) -> bool | int | float:
@@ -224,7 +250,8 @@ class Meter(TorchDispatchMode):
         work = FakeWork().boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
-    def _count(self, func, args, kwargs, out) -> None:
+    def _work(self, func, args, kwargs, out) -> Work:
+        """What an operation counts as; its outputs are tracked."""
         outputs = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, Tensor)]
         if isinstance(out, tuple | list):
             outputs += [leaf for part in out if isinstance(part, tuple | list) for leaf in part if isinstance(leaf, Tensor)]
@@ -232,20 +259,24 @@ class Meter(TorchDispatchMode):
         for tensor in outputs:
             self._track(tensor)
         if not outputs and not func._schema.is_mutable:
-            return
+            return Work()
         if func.is_view or func._overloadpacket is aten.set_:
-            return
+            return Work()
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.device == self.device]
         inputs = [leaf for leaf in leaves if leaf.is_floating_point()] or leaves
         sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
         moved = 2 * min(sizes, default=0) if func._overloadpacket in SPARSE else sum(sizes)
-        self.cost.kernels += 1
         formula = flop_registry.get(func._overloadpacket)
         if formula is None:
-            self.cost.other_bytes += moved
-        else:
-            self.cost.flops += formula(*args, **_without_dtype(kwargs), out_val=out)
-            self.cost.matmul_bytes += moved
+            return Work(kernels=1, other_bytes=moved)
+        return Work(kernels=1, flops=formula(*args, **_without_dtype(kwargs), out_val=out), matmul_bytes=moved)
+
+    def _add(self, work: Work) -> None:
+        cost = self.cost
+        cost.kernels += work.kernels
+        cost.flops += work.flops
+        cost.matmul_bytes += work.matmul_bytes
+        cost.other_bytes += work.other_bytes
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

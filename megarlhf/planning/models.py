@@ -25,6 +25,7 @@ HEADS = {
     "pretrain": {"model": "lm"},
     "sft": {"model": "lm", "reward": "scalar"},
     "reward": {"model": "scalar"},
+    "dpo": {"model": "lm", "reference": "lm"},
     "ppo": {"policy": "lm", "value": "scalar", "reward": "scalar", "reference": "lm"},
 }
 """Stage -> the models that it may name, and their heads."""
@@ -92,9 +93,7 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
     return RunModels(config, plans, generation, num_ranks, tuple(dict.fromkeys(notes)), tuple(shrunk))
 
 
-def _layout(
-    role: str, parallel: ParallelConfig, architecture: Architecture, num_ranks: int, shrunk: list[str]
-) -> ParallelLayout:
+def _layout(role: str, parallel: ParallelConfig, architecture: Architecture, num_ranks: int, shrunk: list[str]) -> ParallelLayout:
     """The layout over all ranks. With too few of them for one copy, that with as many stages as there are ranks for."""
     axes = dataclasses.asdict(parallel)
     if parallel.tp * parallel.pp > num_ranks and num_ranks % parallel.tp == 0:
@@ -167,6 +166,8 @@ class _Architectures:
     @staticmethod
     def _made_by(path: Path, run_dir: str) -> ModelConfig | None:
         """The trained model of the run in `path`, where its run.dir is `run_dir`."""
+        if Path(run_dir).as_posix() not in path.read_text(encoding="utf-8"):
+            return None  # so that not every file is looked through for what may be wrong with it
         try:
             config = load_stage_config(path)
         except ConfigError:

@@ -82,7 +82,10 @@ class Plan:
             said.append(
                 does_not_fit(
                     f"{self.largest_phase} on ranks of the class '{self.classes[number].name}' (rank {self.classes[number].rank})",
-                    needed, gpu.memory_bytes, self.cluster.reserved_bytes, device=gpu.name,
+                    needed,
+                    gpu.memory_bytes,
+                    self.cluster.reserved_bytes,
+                    device=gpu.name,
                 )
             )
         elif not said:
@@ -151,11 +154,20 @@ class Plan:
         return self.work.model_flops * self.work.steps / PF_DAY
 
 
-def make_plan(models: RunModels, cluster: Cluster) -> Plan:
-    """Dry-run one rank of each class, two at a time in processes of their own."""
+def make_plan(models: RunModels, cluster: Cluster, *, processes: int = PROCESSES) -> Plan:
+    """Dry-run one rank of each class: see `dry_runs`."""
     classes = rank_classes(models)
+    runs = dry_runs([(models, of.rank) for of in classes], cluster.gpus_per_node, processes=processes)
+    return Plan(models, cluster, classes, runs, work_of(models))
+
+
+def dry_runs(jobs: Sequence[tuple[RunModels, int]], gpus_per_node: int, *, processes: int = PROCESSES) -> list[RankRun]:
+    """Of each (models, rank), so many at a time in processes of their own; with one process in this one, which must not be in a world."""
+    models, ranks = zip(*jobs, strict=True)
+    nodes = [gpus_per_node] * len(jobs)
+    if processes == 1:
+        return list(map(dry_run, models, ranks, nodes))
     spawn = multiprocessing.get_context("spawn")
     quiet = mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "ERROR"})  # torch wonders about process groups without a backend
-    with quiet, concurrent.futures.ProcessPoolExecutor(min(PROCESSES, len(classes)), mp_context=spawn) as pool:
-        runs = list(pool.map(dry_run, [models] * len(classes), [of.rank for of in classes], [cluster.gpus_per_node] * len(classes)))
-    return Plan(models, cluster, classes, runs, work_of(models))
+    with quiet, concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn) as pool:
+        return list(pool.map(dry_run, models, ranks, nodes))

@@ -28,7 +28,9 @@ def _models(plan: Plan) -> list[str]:
         most = {kind: max(run.held[role][kind] for run in plan.runs) / GB for kind in KINDS}
         numbers = [f"{most[kind]:.2f}" if most[kind] else "-" for kind in KINDS]
         recompute = getattr(of.config, "recompute", "-")
-        size, offload = str(of.config.micro_batch_size), " ".join(of.offload) or "-"
+        tokens = of.config.micro_batch_tokens
+        size = str(of.config.micro_batch_size) if tokens is None else f"{tokens} tokens"
+        offload = " ".join(of.offload) or "-"
         rows.append([role, f"{of.architecture.num_parameters() / 1e9:.3g} B", str(of.layout), size, recompute, offload, *numbers])
     lines = _table(rows, "per GPU between steps, of the rank that holds most:")
     if plan.host_bytes:

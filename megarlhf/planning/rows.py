@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Prompts, RankingBatch, TextBatch, ValueTargets
+from megarlhf.batch import Experience, PreferenceBatch, Prompts, RankingBatch, TextBatch, ValueTargets
 
 
 def text(num_rows: int, width: int) -> TextBatch:
@@ -41,6 +41,14 @@ def rankings(num_prompts: int, completions: int, width: int) -> RankingBatch:
     """Prompts with `completions` ranked answers each."""
     number = torch.arange(num_prompts * completions)
     return RankingBatch(**_tokens(len(number), width), ranks=number % completions + 1, prompt_index=number // completions)
+
+
+def preferences(num_prompts: int, completions: int, prompt_len: int, response_len: int) -> PreferenceBatch:
+    """The same for a language model."""
+    ranked = vars(rankings(num_prompts, completions, prompt_len + response_len))
+    num_rows = num_prompts * completions
+    mask = _response_mask(num_rows, prompt_len, response_len)
+    return PreferenceBatch(**ranked, response_mask=mask, ref_logprobs=torch.zeros(num_rows, dtype=torch.float64))
 
 
 def _tokens(num_rows: int, width: int) -> dict[str, Tensor]:

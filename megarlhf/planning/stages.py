@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
-import torch
-
-from megarlhf.batch import Experience
+from megarlhf.batch import Experience, Rows
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.config.sections import LimitsConfig, ModelConfig, SamplingConfig
-from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
+from megarlhf.engine.engine import Engine
+from megarlhf.engine.terms import DpoLoss, LanguageModelLoss, PolicyLoss, RankingLoss, Term, ValueLoss
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.evaluation.responses import generator_of
 from megarlhf.generation.cache import SlotCache
@@ -24,6 +25,7 @@ from megarlhf.planning.dry_run import Batch, Part, RankRun, Recorder
 from megarlhf.planning.fake_world import DEVICE, fake_world
 from megarlhf.planning.meter import Cost, Meter
 from megarlhf.planning.models import RunModels
+from megarlhf.planning.work import completions_of_prompt
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_models import PpoModels
 
@@ -41,15 +43,28 @@ class Ends:
 
 def dry_run(models: RunModels, rank: int, gpus_per_node: int) -> RankRun:
     """Run one rank of the run through a step; this process must not be in a world."""
-    with fake_world(rank, models.num_ranks) as world:
+    with fake_world(rank, models.num_ranks) as world, _old_objects_left_alone():
         with Meter(DEVICE, lambda other: other // gpus_per_node == rank // gpus_per_node) as meter:
             recorder = Recorder(world, meter, gpus_per_node=gpus_per_node)
             STAGES[models.config.stage](models, world, recorder)
     return recorder.run
 
 
-def _build(models: RunModels, world: World, recorder: Recorder, *, dropout: float = 0.0) -> None:
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """What there is already is not looked through whenever a phase begins with a collection of garbage: a quarter second each."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _build(models: RunModels, world: World, recorder: Recorder, *, dropout: float = 0.0, roles: Collection[str] | None = None) -> None:
     for role, plan in models.plans.items():
+        if roles is not None and role not in roles:
+            continue
         trained = role in ("model", "policy", "value")
         if trained:
             engine = plan.trained(world, seed=models.config.run.seed, dropout=dropout)
@@ -102,15 +117,40 @@ def _sft(models: RunModels, world: World, recorder: Recorder) -> None:
 
 def _reward(models: RunModels, world: World, recorder: Recorder) -> None:
     config = models.config
-    width, completions = sum(_lengths(config.limits)), config.model.micro_batch_size
+    width, completions = sum(_lengths(config.limits)), completions_of_prompt(config)[0]
     make = lambda n: Term("reward", RankingLoss(), rows.rankings(n, completions, width))  # noqa: E731
-    at_once = max(1, (config.model.micro_batch_tokens or 0) // (completions * width))
+    at_once = max(1, _rows_at_once(config.model, width) // completions)
     _train_alone(models, world, recorder, [Batch(make, config.batch_size, at_once)])
 
 
-def _train_alone(models: RunModels, world: World, recorder: Recorder, batches: list[Batch], *, dropout: float = 0.0) -> None:
+def _dpo(models: RunModels, world: World, recorder: Recorder) -> None:
+    """The reference is asked once, before the model is built, and let go of: its time is spread over the steps."""
+    config, s = models.config, models.config.dpo
+    lengths, completions = _lengths(config.limits), completions_of_prompt(config)[0]
+    with recorder.phase("score"):
+        _build(models, world, recorder, roles=("reference",))
+        batch = rows.preferences(config.batch_size, completions, *lengths)
+        recorder.forward("score", "reference", _judged, batch, of_a_step=1 / config.epochs)
+    recorder.let_go("reference")
+    loss = DpoLoss(kind=s.loss, beta=s.beta, label_smoothing=s.label_smoothing)
+    at_once = max(1, _rows_at_once(config.model, sum(lengths)) // completions)
+    batches = [Batch(lambda n: Term("dpo", loss, rows.preferences(n, completions, *lengths)), config.batch_size, at_once)]
+    if s.ptx_coef:
+        seq_len = config.data.pretraining.seq_len
+        make = lambda n: Term("ptx", LanguageModelLoss(), rows.text(n, seq_len), weight=s.ptx_coef)  # noqa: E731
+        batches.append(Batch(make, s.ptx_ratio * config.batch_size, _rows_at_once(config.model, seq_len)))
+    _train_alone(models, world, recorder, batches, roles=("model",))
+
+
+def _judged(engine: Engine, batch: Rows) -> object:
+    return engine.logprobs(batch, batch.response_mask)
+
+
+def _train_alone(
+    models: RunModels, world: World, recorder: Recorder, batches: list[Batch], *, dropout: float = 0.0, roles: Collection[str] | None = None
+) -> None:
     with recorder.phase("build"):
-        _build(models, world, recorder, dropout=dropout)
+        _build(models, world, recorder, dropout=dropout, roles=roles)
     first = recorder.warm_up("model", batches)
     with recorder.phase("update"):
         recorder.update("update", "model", batches, first, steps=1)
@@ -180,17 +220,15 @@ def _ppo_batches(config: PpoConfig, lengths: tuple[int, int]) -> dict[str, list[
 
 
 def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, temperature: float) -> None:
-    mask = episodes.response_mask
-
-    def first(n: int) -> Experience:
-        return episodes.rows(torch.arange(n))
+    def judged(engine: Engine, of: Experience) -> object:
+        return engine.logprobs(of, of.response_mask, temperature=temperature)
 
     if "reward" in recorder.engines:
-        recorder.forward("score", "reward", lambda engine, n: engine.scores(first(n)), episodes)
+        recorder.forward("score", "reward", lambda engine, of: engine.scores(of), episodes)
     for role in ("policy", "reference") if recompute else ("reference",):
-        recorder.forward("score", role, lambda engine, n: engine.logprobs(first(n), mask[:n], temperature=temperature), episodes)
+        recorder.forward("score", role, judged, episodes)
     if "value" in recorder.engines:
-        recorder.forward("score", "value", lambda engine, n: engine.values(first(n), mask[:n]), episodes)
+        recorder.forward("score", "value", lambda engine, of: engine.values(of, of.response_mask), episodes)
 
 
 def _generate(
@@ -258,5 +296,6 @@ STAGES: dict[str, Callable[[RunModels, World, Recorder], None]] = {
     "pretrain": _pretrain,
     "sft": _sft,
     "reward": _reward,
+    "dpo": _dpo,
     "ppo": _ppo,
 }

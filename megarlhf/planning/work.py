@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarlhf.config.dpo import DpoConfig
+from megarlhf.config.training import RewardConfig
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import Head
 from megarlhf.planning.models import RunModels
 
 DEMONSTRATIONS, RANKINGS = 12_725, 33_207
 """Ouyang et al. 2022, Table 6: training prompts of the SFT and the reward model."""
+COMPLETIONS = 9
+"""Most completions of one prompt (Ouyang et al. 2022, section 3.5: 4 to 9)."""
+FIRST_RECORDS = 100
 PF_DAY = 1e15 * 86_400
 
 
@@ -44,7 +52,8 @@ def forward_flops(a: Architecture, head: Head, *, width: int, logits: int, rows:
 
 def work_of(models: RunModels) -> Work:
     """The work of a stage's step with rows as long as they may be."""
-    return {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}[models.config.stage](models)
+    of_stage = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo}
+    return of_stage[models.config.stage](models)
 
 
 def _pretrain(models: RunModels) -> Work:
@@ -67,11 +76,40 @@ def _sft(models: RunModels) -> Work:
 
 def _reward(models: RunModels) -> Work:
     c, a = models.config, models.plans["model"].architecture
-    width, rows = c.limits.max_prompt_len + c.limits.max_response_len, c.batch_size * c.model.micro_batch_size
+    completions, notes = completions_of_prompt(c)
+    width, rows = c.limits.max_prompt_len + c.limits.max_response_len, c.batch_size * completions
     flops = 3 * forward_flops(a, "scalar", width=width, logits=width, rows=rows)
-    number, notes = _records(c.data.train, RANKINGS, "rankings")
-    notes = (*notes, f"each prompt is taken to have model.micro_batch_size = {c.model.micro_batch_size} completions")
-    return Work(flops, flops, rows * width, 0, c.epochs * math.ceil(number / c.batch_size), notes)
+    number, assumed = _records(c.data.train, RANKINGS, "rankings")
+    return Work(flops, flops, rows * width, 0, c.epochs * math.ceil(number / c.batch_size), (*assumed, *notes))
+
+
+def _dpo(models: RunModels) -> Work:
+    c, a = models.config, models.plans["model"].architecture
+    completions, notes = completions_of_prompt(c)
+    width, rows = c.limits.max_prompt_len + c.limits.max_response_len, c.batch_size * completions
+    how = {"width": width, "logits": c.limits.max_response_len, "rows": rows}
+    update, tokens = 3 * forward_flops(a, "lm", **how), rows * width
+    if c.dpo.ptx_coef:
+        seq_len, text_rows = c.data.pretraining.seq_len, c.dpo.ptx_ratio * c.batch_size
+        update += 3 * forward_flops(a, "lm", width=seq_len, logits=seq_len, rows=text_rows)
+        tokens += text_rows * seq_len
+    judged = forward_flops(models.plans["reference"].architecture, "lm", **how) / c.epochs  # each ranking once, before the first step
+    number, assumed = _records(c.data.train, RANKINGS, "rankings")
+    notes = (*notes, "reference: it is asked before the model is built and then let go of; its seconds are spread over the steps")
+    return Work(update + judged, update, tokens, 0, c.epochs * math.ceil(number / c.batch_size), (*assumed, *notes))
+
+
+def completions_of_prompt(config: RewardConfig | DpoConfig) -> tuple[int, tuple[str, ...]]:
+    """(completions of a prompt, as the file of rankings has most often, else as many as were ranked in the paper; what was assumed)."""
+    path = Path(config.data.train)
+    if path.is_file() and path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            records = (json.loads(line) for line in itertools.islice(file, FIRST_RECORDS) if line.strip())
+            found = Counter(len(record.get("responses", ("chosen", "rejected"))) for record in records)
+        if found:
+            return found.most_common(1)[0][0], ()
+    number = min(COMPLETIONS, config.model.micro_batch_size)
+    return number, (f"{path} is not here: {number} completions of each prompt are assumed",)
 
 
 def _ppo(models: RunModels) -> Work:
@@ -82,14 +120,16 @@ def _ppo(models: RunModels) -> Work:
     episodes = {"width": width, "rows": s.batch_size}
     of_policy = forward_flops(policy, "lm", logits=new, **episodes)
     scoring = of_policy * s.recompute_logprobs
-    for role in others:
-        plan = models.plans[role]
-        scoring += forward_flops(plan.architecture, plan.head, logits=new, **episodes)
-    of_value = forward_flops(models.plans["value"].architecture, "scalar", logits=new, **episodes)
+    of_others = {
+        role: forward_flops(models.plans[role].architecture, models.plans[role].head, logits=new, **episodes)
+        for role in others
+        if role in models.plans
+    }
+    scoring += sum(of_others.values())
     text_rows = s.ptx_ratio * s.batch_size if s.ptx_coef else 0
     seq_len = c.data.pretraining.seq_len if s.ptx_coef else 0
     text = forward_flops(policy, "lm", width=seq_len, logits=seq_len, rows=text_rows)
-    update = 3 * s.epochs * (of_policy + of_value + text)
+    update = 3 * s.epochs * (of_policy + of_others.get("value", 0.0) + text)
     half = (prompt + width) // 2  # a new token attends to this many on average
     generate = forward_flops(policy, "lm", width=prompt, logits=1, rows=s.batch_size)
     generate += forward_flops(policy, "lm", width=half, logits=half, rows=s.batch_size) * new / half

@@ -28,7 +28,10 @@ def require_same_config(config: StageConfig, world: World) -> None:
 
     It names every key that differs, with both values.
     """
-    given = [dict(values_of(config)) for config in gather_objects(config)]
+    gathered = gather_objects(config)
+    if all(other is config for other in gathered):
+        return
+    given = [dict(values_of(config)) for config in gathered]
     ranks: dict[str, list[int]] = {}
     for rank, values in enumerate(given):
         for key in [*given[0], *(key for key in values if key not in given[0])]:

@@ -1,6 +1,7 @@
 """Process groups, collectives and vocabulary-parallel log-probabilities on gloo ranks."""
 
 import itertools
+import pickle
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megarlhf.models import vocab_head
 from megarlhf.models.vocab_head import head_logprobs
 from megarlhf.parallel import platform
-from megarlhf.parallel.collectives import broadcast_object, gather_rows, largest, largest_of_world, sum_over_copies
+from megarlhf.parallel.collectives import broadcast_object, gather_objects, gather_rows, largest, largest_of_world, sum_over_copies
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.pipeline import StageCommunicator
@@ -65,6 +66,25 @@ def check_collectives():
     assert largest(world.rank, dist.group.WORLD, platform.CPU) == 3
     assert largest_of_world([world.rank, -world.rank], world) == [3, 0]
     assert broadcast_object({"rank": world.rank}) == {"rank": 0}
+
+
+def check_objects():
+    """What ranks have is gathered; a large value that all have is not sent."""
+    rank, sizes = World.connect().rank, []
+    gather = dist.all_gather_object
+
+    def counted(gathered, value):
+        sizes.append(len(pickle.dumps(value)))
+        gather(gathered, value)
+
+    same, other = {"key": "x" * 10_000}, {"key": rank // 2}
+    with mock.patch.object(dist, "all_gather_object", counted):
+        assert gather_objects(same) == [same] * 4 and max(sizes) < 100
+        assert gather_objects(other) == [{"key": 0}, {"key": 0}, {"key": 1}, {"key": 1}]
+
+
+def test_objects_are_gathered(ranks4):
+    ranks4.run(check_objects)
 
 
 def test_collectives_do_what_they_mean(ranks4):

@@ -1,19 +1,14 @@
 """A plan's bytes against what torch holds: the same stages run by real ranks, their storages counted by the same meter."""
 
-import contextlib
 from unittest import mock
 
 import pytest
 import yaml
 
 from megarlhf.config import load_stage_config
-from megarlhf.models.transformer import initialize
-from megarlhf.parallel.groups import World
-from megarlhf.planning.dry_run import Recorder
-from megarlhf.planning.meter import Meter
 from megarlhf.planning.models import run_models
-from megarlhf.planning.stages import STAGES, dry_run
-from megarlhf.runs.models import ModelPlan
+from megarlhf.planning.stages import dry_run
+from tests.scale.proof import SHAPES, prove, run_for_real
 
 WIDE = {"num_layers": 6, "hidden_size": 64, "num_heads": 4, "max_seq_len": 64}
 TRAINED = {"adam": {"learning_rate": 1e-3}, "micro_batch_size": 2}
@@ -27,10 +22,17 @@ MIXED = {
     "generation": {"parallel": {"tp": 2, "pp": 1}},
 }
 INTERLEAVED = {
-    "policy": {"parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True}, "recompute": "selective",
-               "offload": ["gradients", "optimizer", "average"]},
-    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full", "micro_batch_tokens": 150,
-              "offload": ["weights", "gradients", "optimizer"]},
+    "policy": {
+        "parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True},
+        "recompute": "selective",
+        "offload": ["gradients", "optimizer", "average"],
+    },
+    "value": {
+        "parallel": {"tp": 2, "sequence_parallel": True},
+        "recompute": "full",
+        "micro_batch_tokens": 150,
+        "offload": ["weights", "gradients", "optimizer"],
+    },
     "reward": {"parallel": {"tp": 1, "pp": 4}, "offload": ["weights"]},
     "reference": {"parallel": {"tp": 1}},
 }
@@ -60,31 +62,6 @@ def write_ppo(folder, layouts, precision):
         return run_models(folder / "ppo.yaml", [], {}, 4)
 
 
-@contextlib.contextmanager
-def initial_weights():
-    """Models are built with weights, without which a step would be skipped."""
-    trained, frozen = ModelPlan.trained, ModelPlan.frozen
-
-    def filled(make):
-        def build(plan, world, **how):
-            engine = make(plan, world, **how)
-            initialize(engine.transformers, engine.spec, engine.groups, seed=1)
-            return engine
-
-        return build
-
-    with mock.patch.object(ModelPlan, "trained", filled(trained)), mock.patch.object(ModelPlan, "frozen", filled(frozen)):
-        yield
-
-
-def run_for_real(models):
-    world = World.connect()
-    with Meter(world.device) as meter, initial_weights():
-        recorder = Recorder(world, meter, gpus_per_node=2)
-        STAGES[models.config.stage](models, world, recorder)
-    return recorder.run
-
-
 @pytest.mark.parametrize(("layouts", "precision"), [(MIXED, "fp32"), (INTERLEAVED, "bf16")], ids=["mixed", "interleaved"])
 def test_what_a_plan_says_of_each_rank_is_what_torch_holds(layouts, precision, tmp_path, ranks4):
     models = write_ppo(tmp_path, layouts, precision)
@@ -97,3 +74,8 @@ def test_what_a_plan_says_of_each_rank_is_what_torch_holds(layouts, precision, t
         for phase in planned.peaks:
             if phase != "build":
                 assert planned.peak(phase) == pytest.approx(real[rank].peak(phase), rel=0.05), (rank, phase)
+
+
+def test_the_parallelism_of_a_175b_run_trains_as_one_rank_and_holds_what_its_plan_says(recipe, ranks4, tmp_path):
+    proof = prove(recipe, tmp_path, ranks4, SHAPES["tp2 pp2"])
+    assert proof.holds, proof

@@ -1,5 +1,6 @@
 """The same code on a CUDA device: run where there is one, skipped elsewhere."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
 from megarlhf.batch import Prompts, TextBatch
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
+from megarlhf.engine.offload import distinct
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import LanguageModelLoss, Term
 from megarlhf.engine.trainable import TrainEngine
@@ -109,3 +111,75 @@ def test_log_probabilities_in_chunks_are_the_dense_ones(world, dtype, chunk_rows
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
     for grad, right in zip(grads, torch.autograd.grad(expected.sum(), dense), strict=True):
         torch.testing.assert_close(grad.double(), right, rtol=2e-2, atol=2e-2)
+
+
+def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(world):
+    spec, batch = ModelSpec(architecture=ARCHITECTURE, head="lm", precision="bf16"), texts()
+    for size in (8, 1):
+        engine = filled(TrainEngine(spec, world.groups(world.layout()), micro_batch_size=size, adam=AdamSettings(), seed=1))
+        step = lambda engine=engine: engine.step([Term("text", LanguageModelLoss(), batch)], learning_rate=1e-3)  # noqa: E731
+        step()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in seen if "synchronizing CUDA operation" in str(warning.message)]
+        assert len(waits) == 1, waits
+
+
+EVERYTHING = ("weights", "gradients", "optimizer", "average")
+
+
+def storages(engine: Engine) -> list[torch.UntypedStorage]:
+    """What an engine holds beside single numbers, each storage once."""
+    found = {t.untyped_storage()._cdata: t.untyped_storage() for kind in distinct(engine.held()).values() for t in kind if t.numel() > 1}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_rests_gives_its_memory_back_and_trains_on_as_if_it_had_not(world, precision):
+    """The losses are those of an engine that never rests, but for kernels that add in another order each time."""
+    spec, groups = ModelSpec(architecture=ARCHITECTURE, head="lm", precision=precision), world.groups(world.layout())
+    how = {"micro_batch_size": 4, "adam": AdamSettings(), "seed": 1}
+    plain, resting = (filled(TrainEngine(spec, groups, **how, offload=kinds)) for kinds in ((), EVERYTHING))
+    losses = []
+    for engine in (plain, resting):
+        engine.start_ema(0.9)
+        for _ in range(4):
+            engine.offload.rest()
+            losses.append(engine.step([Term("text", LanguageModelLoss(), texts())], learning_rate=1e-3).losses["text"])
+            engine.ema.update()
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-2 if precision == "bf16" else 1e-4)
+    torch.cuda.synchronize()
+    before, held = torch.cuda.memory_allocated(), sum(storage.nbytes() for storage in storages(resting))
+    resting.offload.rest()
+    torch.cuda.synchronize()
+    assert before - torch.cuda.memory_allocated() >= held > 0 and not any(storage.nbytes() for storage in storages(resting))
+    buffers = [moved.host for group in resting.offload._groups.values() for moved in group.moved.values() if moved.host is not None]
+    assert buffers and all(buffer.is_pinned() for buffer in buffers)
+    resting.offload.need(*EVERYTHING)
+    assert torch.cuda.memory_allocated() >= before and groups.side_stream.take_seconds() > 0
+
+
+def test_copies_wait_for_what_the_device_is_doing_and_are_waited_for(world):
+    """Weights that are still being written go to the host as they will be, memory in between is somebody else's, and all come back."""
+    spec, groups = ModelSpec(architecture=ARCHITECTURE, head="lm"), world.groups(world.layout())
+    engine = filled(TrainEngine(spec, groups, micro_batch_size=4, adam=AdamSettings(), seed=1, offload=("weights",)))
+    slow = torch.randn(8192, 8192, device="cuda")
+    for round_number in range(3):
+        expected = {name: weight.detach().clone() + 1 for name, weight in engine.parameters().items()}
+        for _ in range(8):
+            slow = (slow @ slow).clamp(-1, 1)
+        for weight in engine.parameters().values():
+            weight.data.add_(1)  # queued behind the products
+        engine.offload.rest()
+        others = [torch.full((1 << 18,), float(round_number), device="cuda") for _ in range(32)]  # where the weights may have been
+        engine.offload.send_for("weights")
+        engine.offload.need("weights")
+        for name, weight in engine.parameters().items():
+            assert torch.equal(weight.detach(), expected[name]), name
+        assert all((other == round_number).all() for other in others)

@@ -1,6 +1,7 @@
 """`megarlhf plan`: whose architecture is taken, which ranks are alike, arithmetic of time, what does not fit, and the 175B run itself."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -8,17 +9,21 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from megarlhf.config import load_stage_config
 from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
-from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.models.parameters import shards_held
+from megarlhf.parallel.layout import Coordinates, ParallelLayout
 from megarlhf.planning import command, search
 from megarlhf.planning.dry_run import Part
 from megarlhf.planning.estimate import part_seconds, seconds_of
 from megarlhf.planning.hardware import CALL_SECONDS, GPUS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
-from megarlhf.planning.meter import Cost, Link
-from megarlhf.planning.models import run_models
-from megarlhf.planning.plan import Plan, make_plan
+from megarlhf.planning.meter import Cost, Link, Meter
+from megarlhf.planning.models import HEADS, run_models
+from megarlhf.planning.plan import Plan, dry_runs, make_plan
 from megarlhf.planning.rank_classes import rank_classes
 from megarlhf.planning.report import as_json, as_text
 from megarlhf.planning.reshard_command import parse_layout, traffic
@@ -27,8 +32,10 @@ from megarlhf.planning.work import forward_flops, work_of
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "175b" / "ppo.yaml"
+GPT3 = make_architecture("gpt3-125m", vocab_size=50257)
 H100 = GPUS["h100-80gb"]
 CLUSTER = Cluster(gpu=H100, nodes=2, gpus_per_node=8, inside=H100.inside, between=H100.between)
+ONE_GPU = dataclasses.replace(CLUSTER, nodes=1, gpus_per_node=1)
 
 
 def test_models_whose_checkpoints_are_not_here_are_found_by_the_files_that_make_them():
@@ -122,7 +129,31 @@ def test_what_the_command_line_refuses(capsys):
     assert "MODEL=PRESET" in said("--config", str(PPO), "--gpu", "h200", "--architecture", "policy")
     assert "stage is evaluate" in said("--config", str(ROOT / "examples/quickstart/evaluate.yaml"), "--gpu", "h200")
     assert "is no layout" in said("reshard", "--from", "8x8", "--to", "tp8", "--preset", "gpt3-175b")
+    assert "is no layout" in said("reshard", "--from", "tp8", "--to", "tp8@x", "--preset", "gpt3-175b")
     assert "does not divide" in said("reshard", "--from", "tp2pp2", "--to", "tp8", "--preset", "gpt3-125m")
+    assert "must be above 0" in said("reshard", "--from", "tp2", "--to", "tp1", "--preset", "gpt3-125m", "--gpus-per-node", "0")
+
+
+def test_a_reshard_at_1024_ranks_is_planned_by_arithmetic(capsys):
+    assert command.main(["reshard", "--from", "tp8pp8dp16", "--to", "tp8pp1", "--preset", "gpt3-175b"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "tp8 pp8 dp16 -> tp8 pp1 dp128, 175 B parameters in bf16",
+        "GB per rank received: least 38.06, mean 38.22, most 38.27",  # 7 / 8 of 43.7
+        "busiest link: rank 0 to other nodes, 38.88 GB",
+        "(the target's 43.71 GB but for 5.44 GB in place, and at most two buckets of 0.27 GB)",
+        "about 0.97 s on 128 x 8 h100-80gb",
+    ):
+        assert line in said
+
+
+def test_a_reshard_onto_other_ranks(capsys):
+    assert command.main(["reshard", "--from", "tp2pp2", "--to", "tp2dp1@4", "--preset", "gpt3-125m", "--gpus-per-node", "4"]) == 0
+    said = capsys.readouterr().out
+    half = 2 * sum(math.prod(shard.shape) for shard in shards_held(GPT3, "lm", ParallelLayout(tp=2), Coordinates(0, 0, 0)).values())
+    assert said.startswith("tp2 pp2 dp1 -> tp2 pp1 dp1 from rank 4 on") and "on 2 x 4 h100-80gb" in said
+    assert f"rank 4: bytes kept 0, sent 0, received {half:,}\n" in said
+    assert f"the target's {half / 1e9:.2f} GB but for 0.00 GB in place" in said
 
 
 def test_traffic_of_a_publishing_covers_the_target():
@@ -181,15 +212,73 @@ def test_the_175b_run_does_not_fit_4_nodes():
     assert f"{plan.missing_bytes / 1e9:.1f} GB are missing" in plan.verdict[2] and plan.missing_bytes > 80e9
 
 
+KINDS = {
+    "quickstart/pretrain": {"build", "update", "save"},
+    "quickstart/sft": {"build", "update", "save"},
+    "quickstart/ppo_init": {"build", "update", "save"},
+    "quickstart/reward": {"build", "update", "save"},
+    "quickstart/dpo": {"build", "score", "update", "save"},
+    "quickstart/ppo": {"build", "reshard", "generate", "score", "update", "save"},
+    "quickstart/grpo": {"build", "reshard", "generate", "score", "update", "save"},
+    "smollm2_135m/reward": {"build", "update", "save"},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_run_is_planned(name):
+    trained = "policy" if {"generate"} <= KINDS[name] else "model"
+    small = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "max_seq_len": 1024}
+    given = dict.fromkeys(HEADS[load_stage_config(ROOT / f"examples/{name}.yaml").stage], small)
+    keys = [f"{trained}.parallel={{tp: 1}}", f"{trained}.micro_batch_tokens=1024"]
+    models = run_models(ROOT / f"examples/{name}.yaml", keys, given, 1)
+    plan = Plan(models, ONE_GPU, rank_classes(models), [dry_run(models, 0, 1)], work_of(models))
+    assert set(plan.phases) == KINDS[name] and plan.fits and "1024 tokens" in as_text(plan)
+    assert set(as_json(plan)["seconds"]) == KINDS[name] - {"build", "save"}
+    update = [part for part in plan.runs[0].parts if part.what == "forward and backward"]
+    assert {part.model for part in update} == {role for role, kept in plan.runs[0].held.items() if kept["gradients"]}
+    # the vocabulary is padded and recomputed where it takes several chunks, and flash attention counts its scores twice backward
+    assert sum(part.cost.flops for part in update) == pytest.approx(plan.work.update_flops, rel=0.2)
+
+
+def test_operations_seen_before_give_and_cost_the_same():
+    meta = {"device": "meta"}
+    made = lambda: (torch.empty(6, 8, **meta), torch.empty(8, 8, dtype=torch.bfloat16, **meta))  # noqa: E731
+    calls = [
+        lambda x, y: x.to(y.dtype) @ y, lambda x, y: x.t() @ x, lambda x, y: x * 2, lambda x, y: y * 2.0, lambda x, y: x > 2,
+        lambda x, y: x.topk(3), lambda x, y: x.add_(y[:6]), lambda x, y: torch.stack([x, x]), lambda x, y: x.sum(0, keepdim=True),
+        lambda x, y: F.layer_norm(x, (8,)), lambda x, y: x.t().clone(), lambda x, y: torch.ones(3, **meta), lambda x, y: x.view(48),
+        lambda x, y: torch.where(x > 0, x, 0), lambda x, y: torch.var_mean(x, dim=1), lambda x, y: torch._foreach_mul([x, x], 2.0),
+        lambda x, y: F.scaled_dot_product_attention(x[None], x[None], x[None]), lambda x, y: x.resize_(3), lambda x, y: y.fill_(1),
+    ]  # fmt: skip
+
+    def described(call, meter=None):
+        """(shape, stride, dtype, place of the argument that it is, or None) of each result, and what the call cost."""
+        given = made()
+        before = meter and meter.cost.copy()
+        out = call(*given)
+        outs = out if isinstance(out, tuple | list) else [out]
+        seen = [(o.shape, o.stride(), o.dtype, next((i for i, x in enumerate(given) if x is o), None)) for o in outs]
+        assert len({o.untyped_storage()._cdata for o in outs}) == len(outs)
+        return seen, meter and meter.cost - before
+
+    with Meter(torch.device("meta")) as meter:
+        found = [(described(call, meter), described(call, meter), described(call, meter)) for call in calls]
+        assert meter.live_bytes == 0
+    for call, (first, *later) in zip(calls, found, strict=True):
+        assert first[0] == described(call)[0] and later == [first, first]
+    assert meter.cost.flops == 3 * (2 * 6 * 8 * 8 + 2 * 8 * 6 * 8 + 4 * 6 * 6 * 8)
+
+
 def test_the_command_on_a_small_run(tmp_path, capsys):
     words = ["--config", str(ROOT / "examples/quickstart/pretrain.yaml"), "--gpu", "a100-40gb", "--gpus-per-node", "2"]
     written = tmp_path / "plan.json"
     assert command.main([*words, "--json", str(written), "model.parallel.pp=2"]) == 0
-    said, plan = capsys.readouterr().out, json.loads(written.read_text())
-    names = [of["name"] for of in plan["classes"]]
+    said, found = capsys.readouterr().out, json.loads(written.read_text())
+    names = [of["name"] for of in found["classes"]]
     assert "it fits: update needs most" in said and names == ["first stage of 2 (model)", "last stage of 2 (model)"]
-    assert plan["step_seconds"] > 0 and plan["seconds"]["update"]["bubble"] > 0
-    assert command.main([*words, "--reserve-gb", "42.3"]) == 1
+    assert found["step_seconds"] > 0 and found["seconds"]["update"]["bubble"] > 0
+    with mock.patch("megarlhf.planning.plan.dry_runs", functools.partial(dry_runs, processes=1)):
+        assert command.main([*words, "--reserve-gb", "42.3"]) == 1
     assert "GB are missing" in capsys.readouterr().out
 
 
@@ -233,6 +322,6 @@ def test_a_search_finds_the_best_of_its_space(estimator):
 def test_the_best_layouts_are_as_estimated(estimator):
     found = search.search(estimator)
     for best in (found.best[0], next(e for e in found.best if e.choice.layout.pp > 1)):
-        plan = make_plan(run_models(SEARCHED, [*SEARCHED_KEYS, *best.choice.overrides("model")], {}, 8), ONE_NODE)
+        plan = make_plan(run_models(SEARCHED, [*SEARCHED_KEYS, *best.choice.overrides("model")], {}, 8), ONE_NODE, processes=1)
         assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
         assert best.peak_bytes == pytest.approx(plan.peak("update")[0], rel=0.1), best
