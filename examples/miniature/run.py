@@ -69,12 +69,14 @@ def run_all(table: Sequence[Stage]) -> None:
             file.write(json.dumps({"name": stage.name, "seconds": round(done[stage.name], 1)}) + "\n")
 
 
+ASKED = Path("asked.json")
+"""What was asked for when the folder was begun."""
+
+
 def begun(args: argparse.Namespace) -> dict:
-    """What was asked for when the folder was begun, which is what it goes on with."""
-    path, asked = Path("asked.json"), {"smoke": args.smoke, "hours": args.hours, "sizes": args.sizes}
-    if not path.exists():
-        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    """What the folder goes on with: what it was begun with, or what is asked for now."""
+    asked = {"smoke": args.smoke, "hours": args.hours, "sizes": args.sizes}
+    before = json.loads(ASKED.read_text(encoding="utf-8")) if ASKED.exists() else asked
     if before != asked and (args.smoke or args.hours or args.sizes):
         raise SystemExit(f"{args.runs} was begun with {before}: leave these out to go on with it, or name other --runs")
     return before
@@ -95,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = asked["sizes"] or ["small", "middle", "large"]
     form = SMOKE if asked["smoke"] else Form()
     if asked["hours"]:
-        form = of_hours(sizes, asked["hours"])
+        try:
+            form = of_hours(sizes, asked["hours"])
+        except ValueError as error:
+            raise SystemExit(f"--hours: {error}") from None
+    ASKED.write_text(json.dumps(asked) + "\n", encoding="utf-8")
     if not (data / "corpus.idx").exists():
         print("== data", flush=True)
         write_data(data, documents=form.documents, users=form.users, heldout=form.heldout)

@@ -2,8 +2,9 @@
 # InstructGPT in miniature: simulated labellers, three sizes, five systems and a task-mix baseline, and the paper's figures of them.
 #
 #   bash examples/miniature/run.sh                       everything, into runs/miniature (an interrupted run goes on where it was)
-#   bash examples/miniature/run.sh --hours 2             with so many fewer steps that it takes some two hours
-#   bash examples/miniature/run.sh --only sweeps/kl_coef one sweep, and what it needs; also ptx_coef, learning_rate, reward
+#   bash examples/miniature/run.sh --hours 4             with so many fewer steps that it takes some four hours of one core, not eight
+#   bash examples/miniature/run.sh --sizes small         the smallest size alone, its sweeps included: some hour of one core
+#   bash examples/miniature/run.sh --only sweeps/kl_coef  one sweep, and what it needs; also ptx_coef, learning_rate, reward
 #   bash examples/miniature/run.sh --smoke               the same path with a few steps of tiny models, into runs/miniature-smoke
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -39,7 +39,7 @@ class Form:
     )
     """Layers, width and heads of each size: 0.5, 2.8 and 16 million parameters."""
     documents: int = 20000
-    users: int = 700  # of five prompts each
+    users: int = 1400  # of five prompts each
     heldout: int = 600
     pretrain_steps: int = 1000
     sft_epochs: int = 8
@@ -82,7 +82,7 @@ class Stage:
     """Of megarlhf, or "label"."""
     overrides: tuple[str, ...]
     minutes: float
-    """What it takes on one core; measured."""
+    """What it takes on one core: of the smallest size from trials, of the others by `HEAVIER`."""
 
     def shortened(self, form: Form) -> Stage:
         """With what the form says of the command; of a key that is there twice, the last one counts."""
@@ -142,7 +142,7 @@ def _round(number: int, judge: str, policy: str) -> list[Stage]:
     trained = {"": "rankings"} | ({f"/without_{group}": f"without_{group}" for group in range(GROUPS)} if number == 1 else {})
     for folder, rankings in trained.items():
         data = f"data.train={here}/labels/{rankings}.jsonl"
-        table.append(Stage(f"{here}{folder}/reward", "reward", (data, *judged), 0.8 * heavy))
+        table.append(Stage(f"{here}{folder}/reward", "reward", (data, *judged), 1.5 * heavy))
         words = (
             f"model.load={here}{folder}/reward",
             f"rankings={here}/labels/valid.jsonl",
@@ -151,10 +151,10 @@ def _round(number: int, judge: str, policy: str) -> list[Stage]:
         table.append(Stage(f"{here}{folder}/accuracy", "evaluate", words, 0.1 * heavy))
     if number == 1:
         valid = (*judged, f"data.train={here}/labels/rankings.jsonl")
-        table.append(Stage("sweeps/reward/epochs_4", "reward", (*valid, "epochs=4"), 3 * heavy))
+        table.append(Stage("sweeps/reward/epochs_4", "reward", (*valid, "epochs=4"), 6 * heavy))
         # As many comparisons a step as 8 prompts have.
         pairs = (*judged, f"data.train={here}/labels/pairs.jsonl", "batch_size=88")
-        table.append(Stage("sweeps/reward/pairs_shuffled", "reward", pairs, 4 * heavy))
+        table.append(Stage("sweeps/reward/pairs_shuffled", "reward", pairs, 6 * heavy))
     return table
 
 
@@ -181,12 +181,12 @@ def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage
     models += [f"{model}.load=round_{round}/reward" for model in ("value", "reward")]
     folder = name if "/" in name else f"{size}/{name}"
     steps = (f"ppo.iterations={form.iterations}", f"ppo.warmup_iterations={min(5, form.iterations // 2)}")
-    minutes = (2 if "ppo.ptx_coef=0" in words else 6) * HEAVIER[size] * form.iterations / 60
+    minutes = (1.2 if "ppo.ptx_coef=0" in words else 2) * HEAVIER[size] * form.iterations / 60
     return Stage(folder, "ppo", (*models, *steps, *words), minutes)
 
 
 def _answers(size: str, name: str, model: str, *words: str) -> Stage:
-    return Stage(name, "evaluate", (f"model.load={model}", "reward.load=round_1/reward", *words), 0.5 * HEAVIER[size])
+    return Stage(name, "evaluate", (f"model.load={model}", "reward.load=round_1/reward", *words), 0.12 * HEAVIER[size])
 
 
 def _sweeps(size: str, form: Form) -> list[Stage]:
