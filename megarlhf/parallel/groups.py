@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import socket
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +108,8 @@ class World:
     """What all ranks share beside the process groups."""
     side_stream: SideStream = field(default_factory=SideStream)
     """Copies between host and device."""
+    _excepthook: Callable = sys.excepthook
+    """The process's own; torch's, which names the rank, comes around it with every default group."""
     _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
@@ -120,7 +124,7 @@ class World:
         platform.keep_freed_memory()
         timeout = datetime.timedelta(minutes=timeout_minutes)
         place = place or place_in_run()
-        device = _choose_device(place.local_rank)
+        device, excepthook = _choose_device(place.local_rank), sys.excepthook
         reconnect = None
         if dist.is_initialized():
             store = dist.PrefixStore("megarlhf", dist.distributed_c10d._get_default_store())
@@ -144,6 +148,7 @@ class World:
             timeout=timeout,
             alarm=Alarm(store, rank, reconnect),
             store=store,
+            _excepthook=excepthook,
         )
 
     @staticmethod
@@ -211,6 +216,7 @@ class World:
         self._groups.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.excepthook = self._excepthook
 
 
 def device_of_rank(local_rank: int, num_devices: int) -> int:
