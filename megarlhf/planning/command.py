@@ -71,8 +71,8 @@ def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluste
     if not found.best:
         return 1
     best = found.best[0]
-    keys = best.choice.overrides(estimator.role)
-    plan = make_plan(run_models(options.config, [*options.overrides, *keys], given, cluster.num_ranks), cluster)
+    keys = best.choice.overrides(estimator.models)
+    plan = make_plan(run_models(options.config, estimator.with_keys(keys), given, cluster.num_ranks), cluster)
     print(f"the first of them, dry-run: {' '.join(keys)}\n\n{as_text(plan)}", end="", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")

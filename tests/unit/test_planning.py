@@ -1,5 +1,6 @@
 """`megarlhf plan`: whose architecture is taken, which ranks are alike, arithmetic of time, what does not fit, and the 175B run itself."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -276,10 +277,17 @@ SEARCHED_KEYS = ["batch_size=64", "data.seq_len=1024", f"model.architecture={jso
 ONE_NODE = dataclasses.replace(CLUSTER, nodes=1)
 
 
+@contextlib.contextmanager
+def few_choices(*, tensor_sizes, recompute):
+    """A smaller space, which takes fewer calibrations."""
+    with mock.patch.object(search, "RECOMPUTE", recompute), mock.patch.object(search.Estimator, "tensor_sizes", lambda self: tensor_sizes):
+        yield
+
+
 @pytest.fixture(scope="module")
 def estimator():
-    with mock.patch.object(search, "RECOMPUTE", ("none", "full")):
-        yield search.Estimator(SEARCHED, SEARCHED_KEYS, {}, ONE_NODE)
+    with few_choices(tensor_sizes=[2, 4], recompute=("none", "full")):
+        yield search.Estimator(SEARCHED, SEARCHED_KEYS, {}, ONE_NODE, processes=1)
 
 
 def test_a_search_finds_the_best_of_its_space(estimator):
@@ -296,6 +304,35 @@ def test_a_search_finds_the_best_of_its_space(estimator):
 def test_the_best_layouts_are_as_estimated(estimator):
     found = search.search(estimator)
     for best in (found.best[0], next(e for e in found.best if e.choice.layout.pp > 1)):
-        plan = make_plan(run_models(SEARCHED, [*SEARCHED_KEYS, *best.choice.overrides("model")], {}, 8), ONE_NODE, processes=1)
+        plan = make_plan(run_models(SEARCHED, [*SEARCHED_KEYS, *best.choice.overrides(estimator.models)], {}, 8), ONE_NODE, processes=1)
         assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
         assert best.peak_bytes == pytest.approx(plan.peak("update")[0], rel=0.1), best
+
+
+MEDIUM = {"num_layers": 8, "hidden_size": 2048, "num_heads": 16, "max_seq_len": 2048}
+LITTLE = {**MEDIUM, "num_layers": 4, "hidden_size": 1024}
+PPO_KEYS = ["value.parallel={tp: 1}", "reward.parallel={tp: 1}", "ppo.batch_size=128", "ppo.minibatch_size=32", "ppo.ptx_ratio=1",
+            "generation.sampling.max_batch_size=32", "generation.sampling.max_new_tokens=256", "limits.max_prompt_len=256",
+            "data.pretraining.seq_len=1024"]  # fmt: skip
+
+
+def test_a_search_for_ppo_knows_offload_and_where_generation_lies():
+    given = {"policy": MEDIUM, "reference": MEDIUM, "value": LITTLE, "reward": LITTLE}
+    nodes = dataclasses.replace(CLUSTER, nodes=2, gpus_per_node=4)
+    with few_choices(tensor_sizes=[2], recompute=("none",)):
+        estimator = search.Estimator(ROOT / "examples/1.3b_single_node/ppo.yaml", PPO_KEYS, given, nodes, processes=1)
+        found = search.search(estimator)
+        space = list(estimator.candidates())
+    assert found.best[0].seconds == min(estimate.seconds for estimate in found.best) and len(found.best) == len(set(space)) == len(space)
+    at_rest = {e.choice: e for e in found.best if e.choice.offload}
+    for e in found.best:
+        if not e.choice.offload:
+            other = at_rest[dataclasses.replace(e.choice, offload=True)]
+            assert other.peak_bytes < e.peak_bytes and other.seconds > e.seconds
+    kinds = [lambda of: True, lambda of: of.layout.pp > 1 and not of.gathered, lambda of: of.offload and of.layout.pp == 1]
+    for kind in kinds:
+        best = next(e for e in found.best if kind(e.choice))
+        models = run_models(estimator.path, estimator.with_keys(best.choice.overrides(estimator.models)), given, 8)
+        plan = make_plan(models, nodes, processes=1)
+        assert best.seconds == pytest.approx(plan.step_seconds, rel=0.1), best
+        assert best.peak_bytes == pytest.approx(plan.peak(plan.largest_phase)[0], rel=0.1), best
