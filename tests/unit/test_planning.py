@@ -127,6 +127,8 @@ def test_what_the_command_line_refuses(capsys):
     assert "--nodes must be above 0" in said("--config", str(PPO), "--gpu", "h200", "--nodes", "0")
     assert "MODEL=PRESET" in said("--config", str(PPO), "--gpu", "h200", "--architecture", "policy")
     assert "stage is evaluate" in said("--config", str(ROOT / "examples/quickstart/evaluate.yaml"), "--gpu", "h200")
+    with mock.patch.object(command.importlib.util, "find_spec", lambda name: None):
+        assert "--png needs matplotlib" in said("--config", str(PPO), "--png", "plan.png")
     assert "is no layout" in said("reshard", "--from", "8x8", "--to", "tp8", "--preset", "gpt3-175b")
     assert "does not divide" in said("reshard", "--from", "tp2pp2", "--to", "tp8", "--preset", "gpt3-125m")
 
