@@ -49,4 +49,5 @@ def _stack(axes, bars: dict, kinds: list[str], unit: float) -> None:
         if any(heights):
             axes.bar(list(bars), heights, bottom=bottoms, label=kind)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.tick_params(axis="x", labelsize=8)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
