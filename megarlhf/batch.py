@@ -20,6 +20,8 @@ B = TypeVar("B", bound="Rows")
 class Rows:
     """Token rows and whatever belongs to each of them."""
 
+    on_host: ClassVar[tuple[str, ...]] = ()
+    """Fields that a loss reads on the host: they stay there when the others go to the device."""
     tokens: Tensor
     """[batch, seq] int64, right padded."""
     lengths: Tensor
@@ -114,6 +116,8 @@ class TextBatch(Rows):
 class RankingBatch(Rows):
     """Ranked completions: tokens [completions, seq], lengths [completions]; all of a prompt's rows stay together."""
 
+    on_host: ClassVar[tuple[str, ...]] = ("ranks", "prompt_index")
+    """Which comparisons there are decides about shapes, and a device would have to be asked for those."""
     ranks: Tensor
     """[completions] int64: 1 is best, equal ranks are ties."""
     prompt_index: Tensor

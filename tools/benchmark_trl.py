@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0 trl==1.9.2 transformers==5.23.0 datasets accelerate
     python tools/benchmark_trl.py                                    one process on the CPU, float32
+    python tools/benchmark_trl.py --ragged                           rows of unequal lengths, as they are in use
 
 The PPO trainer of TRL 1.9.2 is `trl.experimental.ppo`; 1.12.0 is the last release that has one. The policy, the reference, the
 reward and the value model are GPT-2 (GPT2LMHeadModel twice, GPT2ForSequenceClassification with one label twice) at random
@@ -19,10 +20,14 @@ episodes, and makes 4 optimizer steps, each on 16 of them. Settings, in TRL's na
     activation gelu_pytorch_tanh            GPT-2's function in one kernel; the default, gelu_new, composes it of several
     num_sample_generations 0, report_to none, save_strategy no, eval_strategy no, no callback that prints
 
+With `--ragged` prompts have 8 to 32 tokens, evenly drawn, which TRL pads on the left, and a response ends after the first of some ids, so
+many that it has a quarter of --response-len on average (tools/ragged_rows.py): they are generation's end-of-text ids, as they would be
+with stop_token "eos", and `truncate_response`, which knows one id only, is replaced by one that knows all of them.
+
 TRL takes the sampling policy's log-probabilities from the scores of generation, so it scores with three forward passes (reference,
 value, reward) where benchmark_ppo.py makes four, and it does not clip gradients. The forward passes of the first iteration, the
-optimizer's steps and the episodes are counted and compared with what the settings promise. Prints the seconds of each iteration
-and, last, a line `N samples/s` (median over the iterations after warm-up).
+optimizer's steps and the episodes are counted and compared with what the settings promise (with `--ragged`, their widths at most that).
+Prints the seconds of each iteration and, last, a line `N samples/s` (median over the iterations after warm-up).
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+
+from ragged_rows import ending_ids, prompt_lengths
 
 try:
     import torch
@@ -45,7 +52,7 @@ try:
         PrinterCallback,
         TrainerCallback,
     )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 except ModuleNotFoundError as error:
     install = "pip install torch==2.13.0 trl==1.9.2 transformers==5.23.0 datasets accelerate"
     raise SystemExit(f"{error}. This benchmark needs TRL 1.9.2 (from 1.13 on TRL has no PPO trainer): {install}") from error
@@ -57,17 +64,20 @@ class IterationTimes(TrainerCallback):
     def __init__(self) -> None:
         """Nothing measured yet."""
         self.seconds: list[float] = []
-        self.mark = 0.0
+        self.busy: list[float] = []
+        """Of the CPU, on all threads: what other programs on the machine change least."""
+        self.mark = self.cpu_mark = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """The first iteration starts."""
-        self.mark = time.perf_counter()
+        self.mark, self.cpu_mark = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """An iteration is over: TRL's step is one rollout batch with all its updates."""
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.seconds.append(now - self.mark)
-        self.mark = now
+        self.busy.append(cpu - self.cpu_mark)
+        self.mark, self.cpu_mark = now, cpu
 
 
 class FirstIterationWork(TrainerCallback):
@@ -98,6 +108,7 @@ def main() -> None:
     times = IterationTimes()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = trainer_of(args, output_dir)
+        responses = end_responses(args, trainer)
         trainer.add_callback(times)
         work = FirstIterationWork(
             {
@@ -112,15 +123,39 @@ def main() -> None:
     steps = check_work(args, trainer, work)
 
     print(f"{args.layers} layers x {args.hidden_size} hidden x {args.heads} heads, vocabulary {args.vocab_size}, fp32")
-    print(f"{args.prompts} prompts of {args.prompt_len} tokens, {args.response_len} response tokens, {args.minibatches} minibatches")
+    rows = f"8 to {args.prompt_len}" if args.ragged else f"{args.prompt_len}"
+    print(f"{args.prompts} prompts of {rows} tokens, at most {args.response_len} response tokens, {args.minibatches} minibatches")
+    if args.ragged:
+        print(f"  {statistics.mean(responses):.2f} response tokens on average")
     print(f"1 process, {torch.get_num_threads()} threads, attention {trainer.policy_model.config._attn_implementation}")
     for name, passes in work.passes.items():
         counts = ", ".join(f"{count} x [{rows}, {tokens}]" for (rows, tokens), count in passes.items())
         print(f"  {name:<10} forward passes of an iteration: {counts}")
     print(f"  {trainer.state.global_step} iterations, {trainer.state.episode} episodes, {steps} optimizer steps")
-    for number, seconds in enumerate(times.seconds):
-        print(f"  iteration {number:<3} {seconds:8.3f} s{' (warm-up)' if number < args.warmup else ''}")
+    for number, (seconds, busy) in enumerate(zip(times.seconds, times.busy, strict=True)):
+        print(f"  iteration {number:<3} {seconds:8.3f} s, {busy:8.3f} s of CPU{' (warm-up)' if number < args.warmup else ''}")
+    print(f"  {'of CPU':<10} {statistics.median(times.busy[args.warmup :]):8.3f} s")
     print(f"{args.prompts / statistics.median(times.seconds[args.warmup :]):.1f} samples/s")
+
+
+def end_responses(args: argparse.Namespace, trainer: PPOTrainer) -> list[float]:
+    """Let responses end after any of several ids where they are ragged; each batch's mean length comes into the list returned."""
+    means: list[float] = []
+    if not args.ragged:
+        return means
+    ends = ending_ids(args.vocab_size, most=args.response_len, mean=args.response_len / 4)
+    trainer.policy_model.generation_config.eos_token_id = ends
+    trainer.policy_model.generation_config.pad_token_id = 0  # of rows that have ended while others go on: an id that can be embedded
+    trainer.stop_token_id = ends[0]  # TRL truncates where there is one
+
+    def truncate(stop_token_id: int, pad_token_id: int, responses: torch.Tensor) -> torch.Tensor:
+        ended = (responses >= ends[0]).cumsum(dim=1)
+        after = (ended - (responses >= ends[0]).int()) > 0  # an end stands before
+        means.append(float((~after).sum(dim=1).float().mean()))
+        return responses.masked_fill(after, pad_token_id)
+
+    ppo_trainer.truncate_response = truncate
+    return means
 
 
 def trainer_of(args: argparse.Namespace, output_dir: str) -> PPOTrainer:
@@ -130,7 +165,7 @@ def trainer_of(args: argparse.Namespace, output_dir: str) -> PPOTrainer:
         n_embd=args.hidden_size,
         n_head=args.heads,
         vocab_size=args.vocab_size,
-        n_positions=args.max_seq_len,
+        n_positions=args.prompt_len + args.response_len,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -175,17 +210,24 @@ def trainer_of(args: argparse.Namespace, output_dir: str) -> PPOTrainer:
         ref_model=GPT2LMHeadModel(architecture),
         reward_model=GPT2ForSequenceClassification(architecture),
         value_model=GPT2ForSequenceClassification(architecture),
-        train_dataset=Dataset.from_dict({"input_ids": torch.randint(0, args.vocab_size, (args.prompts, args.prompt_len)).tolist()}),
+        train_dataset=Dataset.from_dict({"input_ids": prompts_of(args)}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def prompts_of(args: argparse.Namespace) -> list[list[int]]:
+    """Random prompts, of one length or of several."""
+    lengths = prompt_lengths(args.prompts, longest=args.prompt_len) if args.ragged else [args.prompt_len] * args.prompts
+    ids = torch.randint(0, args.vocab_size, (args.prompts, args.prompt_len)).tolist()
+    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
 def numbers_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Token ids written as numbers; padding and end of text are ids that no model can sample."""
     vocab = {str(number): number for number in range(vocab_size)} | {"<pad>": vocab_size, "<eos>": vocab_size + 1}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="0"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def check_work(args: argparse.Namespace, trainer: PPOTrainer, work: FirstIterationWork) -> int:
@@ -194,7 +236,18 @@ def check_work(args: argparse.Namespace, trainer: PPOTrainer, work: FirstIterati
     scored, updated = {(args.prompts, seq_len): 1}, {(args.prompts // args.minibatches, seq_len): args.minibatches}
     generated = {(args.prompts, args.prompt_len): 1, (args.prompts, 1): args.response_len - 1}
     expected = {"policy": generated | updated, "reference": scored, "value": scored | updated, "reward": scored}
-    assert work.passes == expected, f"TRL made the forward passes {work.passes} where {expected} were expected"
+    if args.ragged:
+        # how far generation went decides the widths: one pass for the prompts, and one of each of the others whatever their width
+        for name, passes in work.passes.items():
+            rows = Counter({(n, width) for n, width in passes if width > 1})
+            assert all(width <= seq_len for _, width in rows), f"TRL made the forward passes {work.passes} of {name}"
+            most = expected[name][(args.prompts, 1)] if name == "policy" else 0
+            assert passes[(args.prompts, 1)] <= most, f"TRL made the forward passes {work.passes} of {name}"
+            kinds = {n: sum(count for (m, width), count in passes.items() if m == n and width > 1) for n in (m for m, _ in rows)}
+            wanted = {n: sum(count for (m, width), count in expected[name].items() if m == n and width > 1) for n in kinds}
+            assert kinds == wanted, f"TRL made the forward passes {work.passes} of {name}, expected {wanted} by rows"
+    else:
+        assert work.passes == expected, f"TRL made the forward passes {work.passes} where {expected} were expected"
 
     iterations = args.warmup + args.iterations
     assert trainer.state.global_step == iterations, trainer.state.global_step
@@ -212,10 +265,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=512)
-    parser.add_argument("--max-seq-len", type=int, default=128, help="learned positions")
     parser.add_argument("--prompts", type=int, default=64, help="episodes of one iteration")
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--response-len", type=int, default=32)
+    parser.add_argument("--ragged", action="store_true", help="prompts and responses of unequal lengths; the lengths given are the most")
     parser.add_argument("--minibatches", type=int, default=4, help="optimizer steps of one iteration")
     parser.add_argument("--iterations", type=int, default=8, help="measured iterations")
     parser.add_argument("--warmup", type=int, default=2, help="iterations before them")

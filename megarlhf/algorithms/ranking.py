@@ -23,7 +23,7 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
 def comparisons(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts]).
 
-    prompt_index may be on the host where ranks are not: what it says decides shapes.
+    prompt_index says the shapes: on a device it would be asked for them, and waited for. ranks may be elsewhere.
     """
     table = completions_by_prompt(prompt_index).to(ranks.device)
     real, rank = table >= 0, ranks[table]  # [prompts, K]
@@ -37,10 +37,10 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[T
     Each prompt weighs the same: 1 / (its comparisons without ties); one whose completions all tie adds exactly 0, and is
     not counted by `count_prompts`.
 
-    Args: scores [n] float; ranks [n] int64, 1 best; prompt_index [n] int64.
+    Args: scores [n] float, on any device; ranks [n] int64, 1 best; prompt_index [n] int64.
     Returns: (sum over prompts, {"accuracy" (comparisons whose winner scores higher), "score_gap" (r_w - r_l)}).
     """
-    table, better, pairs = comparisons(ranks, prompt_index)
+    table, better, pairs = (x.to(scores.device, non_blocking=True) for x in comparisons(ranks, prompt_index))
     score = scores.float()[table]  # [prompts, K]
     gap = torch.where(better, score[:, :, None] - score[:, None, :], 0.0)
     loss = torch.where(better, -F.logsigmoid(gap), 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from megarlhf.config.relations import idle_doubts, task_violations
 from megarlhf.config.rules import InputFile, Range
-from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, ModelConfig, SamplingConfig, WinRateConfig
+from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, ModelConfig, Rows, SamplingConfig, WinRateConfig
 from megarlhf.config.stage import StageConfig
 
 
@@ -19,14 +19,17 @@ class GenerateConfig(StageConfig):
     """The model to sample from."""
     prompts: InputFile
     """JSONL of {"prompt"}."""
+    samples_per_prompt: Rows = 1
+    """Responses to each prompt; above 1 their records say which "sample" they are, from 0."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Prompt lengths and bad records."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are sampled."""
+    """How responses are sampled. Where neither max_batch_size nor kv_cache_bytes says it, a copy of the model holds 256 rows at a time."""
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return idle_doubts(self)
+        greedy = self.sampling.temperature == 0 and self.samples_per_prompt > 1
+        return idle_doubts(self) + (["samples_per_prompt: at sampling.temperature 0 they are all the same"] if greedy else [])
 
 
 @dataclass(frozen=True, kw_only=True)

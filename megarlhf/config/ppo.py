@@ -39,6 +39,8 @@ class PpoDataConfig:
 
     prompts: InputFile
     """JSONL of {"prompt"}."""
+    prompts_may_grow: bool = False
+    """A resume may find prompts added behind those that the run began with: a new epoch over all of them begins."""
     prompts_valid: InputFile | None = None
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None
@@ -164,6 +166,10 @@ class GenerationConfig:
     verify_weights: VerifyWeights = "first"
     """When a generator of another layout is compared with the policy by checksums of all weights: after they were first published,
     always, or never. A difference stops the run."""
+    max_logprob_gap: Positive | None = 0.1
+    """Most nats by which the generator's and the trainer's log-probability of a token may differ in the mean over an iteration's
+    response tokens (rollout/generator_logprob_gap_mean); beyond it the run stops before it learns from them. Rounding is some 1e-6 in
+    fp32 and 0.01 in bf16. null: never. Without ppo.recompute_logprobs the two are one, and nothing is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +245,11 @@ class PpoRewardConfig(PpoReferenceConfig):
     normalize: bool = False
     """Bring each reward to mean 0 and variance 1 over an iteration's responses before it is weighted; not in validation."""
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a reward model, and not functions alone."""
+        return self.load is not None or self.architecture is not None
+
     def violations(self) -> list[str]:
         """Rules within the section."""
         names = [function.name for function in self.functions]
@@ -246,10 +257,10 @@ class PpoRewardConfig(PpoReferenceConfig):
         found = [f"functions has two of the name {name}: their metrics would share it" for name in twice]
         if "model" in names:
             found.append("functions has one of the name model, which stands for the reward model: rename it")
-        if self.functions and self.load is None and self.architecture is None:
+        if self.functions and not self.has_model:
             idle = [key for key, default in (("load_model", None), ("weight", 1.0), ("offload", ())) if getattr(self, key) != default]
             return found + [f"{key} speaks of a reward model, and load is not given" for key in idle]
-        if self.load is None and self.architecture is None:
+        if not self.has_model:
             return [*found, "load (a reward model) or functions (rewards of one's own) must be given; neither is"]
         return found + super().violations()
 
@@ -295,4 +306,6 @@ class PpoConfig(StageConfig):
         found += reference_doubts("policy", self.policy, self.reference)
         sampling = self.generation.sampling
         biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
+        if not self.ppo.recompute_logprobs and self.generation.max_logprob_gap not in (None, 0.1):
+            found.append("generation.max_logprob_gap compares nothing without ppo.recompute_logprobs")
         return found + [f"generation.sampling.{name} samples from other probabilities than the update assumes" for name in biased]

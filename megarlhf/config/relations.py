@@ -14,7 +14,7 @@ from megarlhf.config.sections import ModelConfig, ScheduleConfig
 
 OF_STEPS = (
     "save_every", "save_minutes", "stop_after_minutes", "keep_checkpoints", "keep_every", "save_in_background", "resume",
-    "max_skipped_steps", "alert_deviations", "alert_window", "eval_every", "sinks", "wandb_mode",
+    "max_skipped_steps", "alert_deviations", "alert_window", "eval_every", "profile_step", "sinks", "wandb_mode",
 )  # fmt: skip
 """Keys of `run` that say how a run of steps goes."""
 NO_RESPONSES = "the files here hold prompts only"

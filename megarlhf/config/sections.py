@@ -91,6 +91,9 @@ class RunConfig:
     """Where metrics go. jsonl is metrics.jsonl in the run's folder."""
     wandb_mode: Literal["offline", "online"] = "offline"
     """Whether wandb sends what it records."""
+    profile_step: CountOrNone = 0
+    """Step (PPO: iteration) that torch's profiler records, into <dir>/profiles, a trace of each rank for ui.perfetto.dev or Chrome with
+    the phases by their names; 0: none. Recorded steps are slower."""
     threads: Annotated[int, Range(1, 4096)] | None = None
     """torch CPU threads of each rank; None leaves torch's own choice."""
     timeout_minutes: Annotated[float, Range(0.05, 10080)] = 30.0
@@ -177,6 +180,9 @@ class TrainedModelConfig(ModelConfig):
     """Its optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of attention, or those of whole layers."""
+    overlap: bool = False
+    """Exchange gradients and weights between data-parallel ranks in parts, beside the computation: the sums are the same but for
+    their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,10 @@ class ShuffledOrder:
         """The next `n` items of this epoch, or those that it has left where they are fewer: a batch is never of two epochs."""
         return self.take(min(n, self.num_items - self._num_taken % self.num_items))
 
+    def begin_behind(self, state: dict[str, int]) -> None:
+        """Begin the epoch after that of a saved order over fewer items; what that one had left of its epoch comes in this one."""
+        self._num_taken = -(-state["num_taken"] // state["num_items"]) * self.num_items
+
     def state_dict(self) -> dict[str, int]:
         """The cursor, and what it is a cursor into."""
         return {"num_items": self.num_items, "seed": self.seed, "num_taken": self._num_taken}

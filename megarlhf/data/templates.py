@@ -44,6 +44,12 @@ def template_beside(tokenizer: Path) -> str:
     return found
 
 
+def has_template(tokenizer: Path) -> bool:
+    """Whether there is something for `template_beside` to read. ValueError where the tokenizer's configuration is broken."""
+    config = tokenizer.with_name(CONFIG_FILE)
+    return tokenizer.with_name(TEMPLATE_FILE).is_file() or (config.is_file() and "chat_template" in read_json(config))
+
+
 def named_tokens(tokenizer: Path) -> dict[str, str]:
     """The variables that transformers hands to a template: "bos_token", "eos_token" and their like, as far as they are configured."""
     found: dict[str, str] = {}

@@ -108,17 +108,16 @@ def load(saved: Saved, models: Mapping[str, TrainEngine]) -> None:
         if not saved.models[name].get("has_moments", True):
             raise ValueError(f"{saved.path}: {name!r} was converted and has no optimizer state: a run begins with it (load), none goes on")
         engine.offload.need("weights", "optimizer", "average")
-        moments = {}
-        for parameter, shard, piece in _held_by_optimizer(engine):
-            reader.fill(shard.main.data.view(-1), name, "weights", parameter, piece)
-            moments[shard.parameter] = (torch.empty_like(shard.main), torch.empty_like(shard.main))
-            for kind, moment in zip(("exp_avg", "exp_avg_sq"), moments[shard.parameter], strict=True):
-                reader.fill(moment.view(-1), name, kind, parameter, piece)
-            if engine.ema is not None:
-                reader.fill(engine.ema.averages[shard.parameter].view(-1), name, "ema", parameter, piece)
         described = saved.models[name]
         engine.steps = described["steps"]
-        engine.optimizer.restore(moments, updates=described["adam_steps"])
+        moments = engine.optimizer.restore(updates=described["adam_steps"])
+        for parameter, shard, piece in _held_by_optimizer(engine):
+            first, second = moments[shard.parameter]
+            kinds = {"weights": shard.main, "exp_avg": first, "exp_avg_sq": second}
+            if engine.ema is not None:
+                kinds["ema"] = engine.ema.averages[shard.parameter]
+            for kind, values in kinds.items():
+                reader.fill(values.data.view(-1), name, kind, parameter, piece)
         engine.optimizer.publish_masters()
         if described["grad_scaler"] is not None and engine.optimizer.megatron.grad_scaler is not None:
             restore_grad_scaler(engine.optimizer, described["grad_scaler"])

@@ -59,6 +59,8 @@ class Offload:
 
     def __init__(self, held: Callable[[], Mapping[str, Sequence[Tensor]]], side: SideStream, kinds: Collection[Kind] = (), *, frozen: bool):
         """Args: held: what the engine holds now, by HELD_KINDS; frozen: whether its weights never change."""
+        self.finish_gather: Callable[[], None] | None = None
+        """What makes the weights whole after a step; called before they are used or moved."""
         self.kinds = tuple(kinds)
         self._held, self._side, self._frozen = held, side, frozen
         self._groups: dict[Kind, _Group] = {kind: _Group() for kind in kinds}
@@ -76,6 +78,8 @@ class Offload:
     @torch.no_grad()
     def rest(self, *, but: Collection[Kind] = ()) -> None:
         """Move everything that is configured, `but` these kinds, to the host: behind what the device is doing, beside what follows."""
+        if self._groups and self.finish_gather is not None:
+            self.finish_gather()
         for kind, group in self._groups.items():
             if kind in but:
                 continue
@@ -109,6 +113,8 @@ class Offload:
     def need(self, *kinds: Kind) -> None:
         """Have these kinds here for what comes next."""
         self.send_for(*kinds)
+        if "weights" in kinds and self.finish_gather is not None:
+            self.finish_gather()
         for kind in kinds:
             if kind in self._groups:
                 self._settle(self._groups[kind])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megarlhf.models.parameters import flat_ranges_counted, shards_held
@@ -63,10 +64,21 @@ class UpdateResult:
     """Steps that were skipped in a row, this one included, whatever for; 0 where it was not."""
 
 
+BUCKET_SIZE: int | None = None
+"""Elements that are exchanged together where exchanges overlap with the computation; None: megatron's choice, some 40 million."""
+
+
 class Optimizer:
     """AdamW with float32 master weights and moments sharded over data-parallel ranks (ZeRO-1)."""
 
-    def __init__(self, transformers: list[Transformer], spec: ModelSpec, groups: ModelGroups, settings: AdamSettings) -> None:
+    def __init__(
+        self, transformers: list[Transformer], spec: ModelSpec, groups: ModelGroups, settings: AdamSettings, *, overlap: bool = False
+    ) -> None:
+        """Args: overlap: sum gradients over data-parallel ranks beside the last micro-batch's backward pass, and gather the weights beside
+        what follows a step, until `finish_gather`.
+        """
+        self.overlap = overlap
+        self._gathering = False
         self.groups = groups
         self.settings = settings
         self.updates = 0
@@ -77,10 +89,7 @@ class Optimizer:
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False)
-        self.chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
-        for chunk in self.chunks:
-            _hook_weakly(chunk)
+        self.chunks = _data_parallel(transformers, collection, overlap=overlap)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -120,7 +129,7 @@ class Optimizer:
     @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by in the backward pass: 1 but for fp16."""
-        return float(self.megatron.get_loss_scale())
+        return 1.0 if self.megatron.grad_scaler is None else float(self.megatron.get_loss_scale())
 
     @property
     def at_smallest_loss_scale(self) -> bool:
@@ -138,14 +147,18 @@ class Optimizer:
         return self.megatron.scale_loss(loss)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> UpdateResult:
-        """Clip, update the master weights and gather the parameters; skipped on every rank where any gradient is not finite."""
+    def step(self, learning_rate: float, beside: Tensor) -> tuple[UpdateResult, list[float]]:
+        """Clip, update the master weights and gather the parameters; skipped on every rank where any gradient is not finite.
+
+        The device is waited for once, when the gradient norm is read; `beside` [n] is read with it, and returned.
+        """
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
         scale = self.loss_scale
         overflow = self.megatron.prepare_grads()
-        norm = self._grad_norm()
+        square, *read = torch.cat([self._square_of_grad_norm(), beside.double()]).tolist()
+        norm = math.sqrt(square)
         skipped = overflow or not math.isfinite(norm)
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         scale_now = self.loss_scale
@@ -158,20 +171,32 @@ class Optimizer:
             consecutive_skips=self.consecutive_skips,
         )
         if skipped:
-            return result
+            return result, read
         clip = self.settings.clip_grad
         if clip is not None and norm > clip:
             torch._foreach_mul_([shard.main.grad for shard in self.shards()], clip / (norm + 1e-6))
         self.megatron.step_with_ready_grads()
+        if self.overlap:
+            for chunk in self.chunks:
+                chunk.start_param_sync()
+            self._gathering = True
         self.updates += 1
         self.weights_version += 1
-        return result
+        return result, read
 
-    def _grad_norm(self) -> float:
+    def finish_gather(self) -> None:
+        """Have the weights of the last step whole: before anything reads, moves or sets them."""
+        if self._gathering:
+            self._gathering = False
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # which waits where a gather is under way
+
+    def _square_of_grad_norm(self) -> Tensor:
+        """[1] float64 on the device, the same on all ranks."""
         grads = [grad for shard in self.shards() for grad in self._counted(shard)]
         norms = torch._foreach_norm(grads) if grads else []
-        square = torch.stack([norm.double() ** 2 for norm in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
-        return float(sum_over_world(square.reshape(1).to(self.groups.device), self.groups)) ** 0.5
+        square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        return sum_over_world(square.reshape(1).to(self.groups.device), self.groups)
 
     def _counted(self, shard: MasterShard) -> Iterator[Tensor]:
         """The parts of a shard's gradient that this rank brings into the norm."""
@@ -198,26 +223,29 @@ class Optimizer:
         }
 
     @torch.no_grad()
-    def restore(self, moments: dict[torch.nn.Parameter, tuple[Tensor, Tensor]], *, updates: int) -> None:
-        """Set Adam's state from a checkpoint.
+    def restore(self, *, updates: int) -> dict[torch.nn.Parameter, tuple[Tensor, Tensor]]:
+        """Make Adam's state that of `updates` updates, and return its moments as `moments` does, for the caller to fill.
 
         torch's AdamW counts updates per tensor; Transformer Engine's and Apex's fused Adam count them per group.
         """
         self.updates = updates
         counts_per_tensor = isinstance(self.adam, torch.optim.AdamW)
         for shard in self.shards():
-            first, second = (moment.to(shard.main.device).view(shard.main.shape).clone() for moment in moments[shard.parameter])
-            state = {"exp_avg": first, "exp_avg_sq": second}
+            state = self.adam.state[shard.main]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.empty_like(shard.main)
             if counts_per_tensor:
                 state["step"] = torch.tensor(float(updates), device=shard.main.device)
-            self.adam.state[shard.main] = state
         if not counts_per_tensor:
             for group in self.megatron.param_groups:
                 group["step"] = updates
+        return self.moments()
 
     @torch.no_grad()
     def publish_masters(self) -> None:
         """Cast the master weights into the parameters and gather them over data-parallel ranks."""
+        self.finish_gather()
         self.weights_version += 1
         self.megatron._copy_main_params_to_model_params()
         for chunk in self.chunks:
@@ -226,8 +254,32 @@ class Optimizer:
     @torch.no_grad()
     def adopt_parameters(self) -> None:
         """Set the master weights from the parameters, after these were initialised."""
+        self.finish_gather()
         self.weights_version += 1
         self.megatron.reload_model_params()
+
+
+def _data_parallel(
+    transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool
+) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers that are summed over data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        overlap_grad_reduce=overlap,
+        bucket_size=BUCKET_SIZE if overlap else None,
+    )
+    chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
+    for chunk in chunks:
+        _hook_weakly(chunk)
+    if overlap:
+        # Without it every micro-batch but the first step's would count as the one after which gradients may be sent.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformers[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        # Only now: set before, megatron would wait for weights in hooks of modules, which heads that are functions never call.
+        ddp.overlap_param_gather = True
+    return chunks
 
 
 def _hook_weakly(chunk: DistributedDataParallel) -> None:

@@ -17,6 +17,7 @@ from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
 from megarlhf.engine.schedule import padding_behind, run_schedule, sum_gradients
 from megarlhf.engine.terms import Term
 from megarlhf.models.transformer import ModelSpec, Transformer
+from megarlhf.parallel import platform
 from megarlhf.parallel.collectives import any_rank, sum_over_copies
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.seed import seed_dropout
@@ -72,14 +73,17 @@ class TrainEngine(Engine):
         seed: int,
         micro_batch_tokens: int | None = None,
         offload: Collection[Kind] = (),
+        overlap: bool = False,
     ) -> None:
+        """Args: overlap: see `Optimizer`; the others: see `Engine`."""
         super().__init__(spec, groups, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens, offload=offload)
         self.seed = seed
         self.steps = 0
         """Optimizer steps taken or skipped so far; keys the dropout noise."""
         self.bad_step: BadStep | None = None
         """The first step since the caller last took it whose loss or gradients were not finite."""
-        self.optimizer = Optimizer(self.transformers, spec, groups, adam)
+        self.optimizer = Optimizer(self.transformers, spec, groups, adam, overlap=overlap)
+        self.offload.finish_gather = self.optimizer.finish_gather
         self.chunks = self.optimizer.chunks
         self.ema: ExponentialMovingAverage | None = None
         for transformer in self.transformers:
@@ -136,7 +140,7 @@ class TrainEngine(Engine):
         def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, None]:
             piece = pieces[number]
             if piece.batch is None:
-                return hidden.float().sum() * 0.0, None
+                return self._nothing(model, hidden), None
             loss = piece.term.loss
             output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
             total, stats = loss(output, _uploaded(piece.batch, hidden.device))
@@ -148,10 +152,13 @@ class TrainEngine(Engine):
         self.offload.send_for("weights", "gradients", "optimizer")
         self.offload.need("weights", "gradients")
         self.optimizer.zero_grad()
-        run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
+        with platform.named_range("forward and backward"):
+            run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
         self.offload.need("optimizer")
-        update = self.optimizer.step(learning_rate)
-        losses, stats = self._summed(terms, totals)
+        with platform.named_range("optimizer step"):
+            sums = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups)
+            update, whole = self.optimizer.step(learning_rate, beside=sums)
+        losses, stats = _by_term(terms, whole)
         self._note_bad_step(terms, losses, update)
         self.steps += 1
         return StepResult(
@@ -161,6 +168,14 @@ class TrainEngine(Engine):
             tokens=sum(int(term.batch.lengths.sum()) for term in terms),
             positions=sum(self._positions(term) for term in terms),
         )
+
+    def _nothing(self, model: Transformer, hidden: Tensor) -> Tensor:
+        """The loss of an idle micro-batch: 0. Where exchanges overlap it touches every parameter: a gradient says that it may be sent."""
+        loss = hidden.float().sum() * 0.0
+        if self.optimizer.overlap:
+            heads = [p for name, p in model.named_parameters() if name.startswith(("output_layer.", "scalar_head."))]
+            loss = loss + sum(p.float().sum() * 0.0 for p in heads)
+        return loss
 
     def _note_bad_step(self, terms: Sequence[Term], losses: dict[str, float], update: UpdateResult) -> None:
         bad = not all(map(math.isfinite, losses.values())) or (update.skipped and not update.searching_loss_scale)
@@ -181,17 +196,16 @@ class TrainEngine(Engine):
         idle = [_Piece(term, None, divisor)] * (len(padded_share(mine, self.groups)) - len(mine))
         return real + idle
 
-    def _summed(self, terms: Sequence[Term], totals: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        whole = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups).tolist()
-        losses: dict[str, float] = {}
-        stats: dict[str, tuple[float, float]] = {}
-        for term in terms:
-            loss, *pairs = whole[: len(totals[term.name])]
-            whole = whole[len(totals[term.name]) :]
-            losses[term.name] = loss / term.loss.count(term.batch)
-            for i, name in enumerate(term.loss.stats):
-                stats[f"{term.name}/{name}"] = (pairs[2 * i], pairs[2 * i + 1])
-        return losses, stats
+
+def _by_term(terms: Sequence[Term], sums: Sequence[float]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(loss of each term, "term/statistic" -> (sum, count)) from each term's sums over the whole batch, one term after the other."""
+    left = iter(sums)
+    losses: dict[str, float] = {}
+    stats: dict[str, tuple[float, float]] = {}
+    for term in terms:
+        losses[term.name] = next(left) / term.loss.count(term.batch)
+        stats |= {f"{term.name}/{name}": (next(left), next(left)) for name in term.loss.stats}
+    return losses, stats
 
 
 def _uploaded(batch: Rows, device: torch.device) -> Rows:

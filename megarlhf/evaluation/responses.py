@@ -15,14 +15,15 @@ from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.generation.generator import Generator
+from megarlhf.generation.in_flight import Listener
 from megarlhf.parallel.seed import derive_seed
 
 NUM_SAMPLES = 4
 """Responses that a run writes down at each iteration or evaluation, to be read."""
-ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl")
+ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl", "sample")
 """What the record of an answer says of itself."""
 
-Purpose = Literal["ppo rollouts", "ppo validation", "sft validation", "generate", "evaluate"]
+Purpose = Literal["ppo rollouts", "ppo validation", "sft validation", "generate", "evaluate", "chat"]
 """What responses are sampled for. Each has a noise of its own, of the same seed: no two purposes see the same draws."""
 
 
@@ -90,11 +91,19 @@ def generator_of(engine: Engine, tokenizer: Tokenizer, *, stop_ids: Sequence[int
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         stop_ids=stop_ids,
+        check_weights=lambda: engine.offload.need("weights"),
     )
 
 
 def generate(
-    generator: Generator, prompts: Prompts, sampling: SamplingConfig, *, seed: int, purpose: Purpose, iteration: int = 0
+    generator: Generator,
+    prompts: Prompts,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    purpose: Purpose,
+    iteration: int = 0,
+    listener: Listener | None = None,
 ) -> Rollouts:
     """Sample one response to each prompt as `sampling` says, with the noise of (seed, purpose, iteration)."""
     return generator.generate(
@@ -107,6 +116,7 @@ def generate(
         iteration=iteration,
         max_batch_size=sampling.max_batch_size,
         kv_cache_bytes=sampling.kv_cache_bytes,
+        listener=listener,
     )
 
 
@@ -127,14 +137,17 @@ def response_records(
     for i in range(rollouts.num_rows if first is None else min(first, rollouts.num_rows)):
         start, stop = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
         ids = rollouts.tokens[i, :stop].tolist()
-        record = {
-            "prompt": tokenizer.decode(ids[:start]),
-            "response": tokenizer.decode(ids[start:]),
-            "finished": bool(rollouts.finished[i]),
-        }
-        record |= {name: float(column[i]) for name, column in columns.items() if column is not None}
-        records.append(_carried(fields[i]) | record if fields else record)
+        record = answer_record(tokenizer, ids[:start], ids[start:], finished=bool(rollouts.finished[i]), fields=fields[i] if fields else {})
+        records.append(record | {name: float(column[i]) for name, column in columns.items() if column is not None})
     return records
+
+
+def answer_record(
+    tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], *, finished: bool, fields: Mapping[str, Any]
+) -> dict[str, object]:
+    """The record of one answer, from token ids."""
+    said = {"prompt": tokenizer.decode(list(prompt)), "response": tokenizer.decode(list(response)), "finished": finished}
+    return _carried(fields) | said
 
 
 def response_lines(judged: Judged, tokenizer: Tokenizer, prompts: Sequence[PromptRow]) -> str:

@@ -81,7 +81,7 @@ class Generator:
         self,
         prompts: Prompts,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -91,12 +91,12 @@ class Generator:
         kv_cache_bytes: int | None = None,
         listener: Listener | None = None,
     ) -> Rollouts:
-        """One response to each prompt: up to EOS or a stop id (included), max_new_tokens, or the model's context.
+        """One response to each prompt: up to EOS or a stop id (included), max_new_tokens (of all rows, or of each), or the model's context.
 
         Every rank passes the same prompts and gets the same rollouts. Each data-parallel copy answers its share: at most
         max_batch_size rows at a time, and no more than kv_cache_bytes of each of its ranks hold; a row enters where another has
         ended. Log-probabilities are those of softmax(logits / temperature) over the whole vocabulary, whatever top_k and top_p leave
-        out; at temperature 0 those at temperature 1.
+        out; at temperature 0 those at temperature 1. `listener` may be given on some ranks only; what it raises ends the call.
 
         ValueError when a prompt leaves no room in the context, or kv_cache_bytes hold not one row.
         """
@@ -106,17 +106,20 @@ class Generator:
         if longest >= context:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {context}")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        rows = _waiting_rows(prompts, max_new_tokens, context)
+        most_new = [max_new_tokens] * prompts.num_rows if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        rows = _waiting_rows(prompts, most_new, context)
         hands = dealt(rows, self.groups.layout.dp)
         capacity = max(row.length + row.limit for row in rows)
         most = max(map(len, hands))
         slots = slots_within(kv_cache_bytes, self.bytes_per_slot(capacity), wanted=min(most, max_batch_size or most), capacity=capacity)
         mine = hands[self.groups.coordinates.dp]
         answers = Answers(self.last_ids, listener)
+        if listener is not None:
+            listener.begin([row.number for row in mine])
         with self._generating():
             flights = self._flights(prompts, deque(mine), slots, capacity, answers)
             self._fly(flights, functools.partial(self._choose, sampling, seed=seed, iteration=iteration))
-        return self._rollouts(prompts, [row.number for row in mine], answers, max_new_tokens)
+        return self._rollouts(prompts, [row.number for row in mine], answers, max(most_new))
 
     def bytes_per_slot(self, capacity: int) -> int:
         """Bytes of the keys and values of one row of `capacity` tokens, on the rank that holds most layers."""
@@ -267,11 +270,11 @@ def _padded(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> 
     return whole
 
 
-def _waiting_rows(prompts: Prompts, max_new: int, context: int) -> list[WaitingRow]:
+def _waiting_rows(prompts: Prompts, max_new: Sequence[int], context: int) -> list[WaitingRow]:
     """The rows of a batch; those with the same tokens have the same prompt's number."""
     numbers: dict[bytes, int] = {}
     rows = []
-    for number, length in enumerate(prompts.lengths.tolist()):
+    for number, (length, most) in enumerate(zip(prompts.lengths.tolist(), max_new, strict=True)):
         prompt = numbers.setdefault(prompts.tokens[number, :length].numpy().tobytes(), len(numbers))
-        rows.append(WaitingRow(number, prompt, length, min(max_new, context - length)))
+        rows.append(WaitingRow(number, prompt, length, min(most, context - length)))
     return rows

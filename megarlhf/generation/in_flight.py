@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,18 @@ from megarlhf.batch import Prompts
 from megarlhf.generation.cache import SlotCache
 from megarlhf.generation.schedule import Pass, Slots, WaitingRow
 
-Listener = Callable[[int, int], None]
-"""Called with (row, token) for each token as the host learns of it, on the copy of the model that answers the row."""
+
+class Listener:
+    """Is told of the responses as the host learns of them, on each rank of the copy of the model that answers a row."""
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """These rows of the batch are this copy's."""
+
+    def token(self, row: int, token: int) -> None:
+        """The next token of a row."""
+
+    def end(self, row: int, tokens: Sequence[int]) -> None:
+        """A row's response is whole."""
 
 
 @dataclass
@@ -35,8 +45,10 @@ class Answers:
             if logprobs is not None:
                 self.logprobs.setdefault(row, []).append(logprobs[at])
             if self.listener is not None:
-                self.listener(row, token)
+                self.listener.token(row, token)
             if token in self.ends or len(given) >= limit:
+                if self.listener is not None:
+                    self.listener.end(row, given)
                 return True
         return False
 

@@ -1,8 +1,10 @@
 """Sampling one token per row from vocabulary-parallel logits, with noise that no layout can change.
 
-The noise of a (seed, iteration, sample, position, vocabulary id) is a hash of these numbers. With the Gumbel-max trick
-each tensor-parallel rank scores its own shard of the vocabulary, and only each shard's best (score, id) is compared: the
-same token whatever tp, pp, dp or batching.
+The noise of a (seed, iteration, sample, position, vocabulary id) is a hash of these numbers. The Gumbel-max trick is taken in two
+steps: first a family of FAMILY neighbouring ids is drawn by its whole probability, then an id of the family. That is the same
+distribution, since p(id) = p(family) p(id | family), and takes a hash per family instead of one per id. Each tensor-parallel rank
+scores the families of its own shard of the vocabulary, and only each shard's best (score, id) is compared: the same token whatever
+tp, pp, dp or batching.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ GOLDEN = -7046029254386353131
 MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
 """splitmix64's shifts and multipliers, signed."""
 EXCLUDED = -torch.inf
+LEAST = -1e30
+"""Stands for the largest of nothing: a number, so that what is excluded lies below it."""
 LAST = 2**52 - 1
 """The largest number of 52 bits."""
+FAMILY = 16
+"""Ids of a family; they follow each other, and the first is a multiple of this."""
 BLOCK = 2**18
 """Scores that are worked on at a time: rows are so many that what is made of them stays in a CPU's cache, and small on a GPU."""
 
@@ -52,9 +58,9 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def noise_bits(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
-    """52 random bits, a function of the arguments alone: [batch, shard] int64 in [0, 2**52).
+    """52 random bits, a function of the arguments alone: [batch, n] int64 in [0, 2**52).
 
-    Args: samples, positions [batch] int64; vocab_ids [shard] int64.
+    Args: samples, positions [batch] int64; vocab_ids [n] or, each row its own, [batch, n] int64.
     """
     key = torch.full_like(samples, seed)
     for part in (torch.full_like(samples, iteration), samples, positions):
@@ -64,7 +70,7 @@ def noise_bits(seed: int, iteration: int, samples: Tensor, positions: Tensor, vo
 
 
 def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise from `noise_bits`: [batch, shard] float32, never infinite.
+    """Standard Gumbel noise from `noise_bits`: [batch, n] float32, never infinite.
 
     -log(-log(u)) of u = (bits + 1/2) / 2**52, by way of 1 - u: where the noise is large, which is where it decides, 1 - u is small and
     float32 holds it to a part in 2**24, as it would not hold u. So the error of the noise is some 1e-7 of it or of 1: less than
@@ -92,28 +98,25 @@ def sample_tokens(
     Scores are float32, as the logits are.
 
     Args:
-        logits: [batch, padded_vocab / tp] float32, this rank's shard.
+        logits: [batch, padded_vocab / tp] float32, this rank's shard; padded_vocab is a multiple of FAMILY.
         samples: [batch] int64, the numbers of the samples within the iteration.
         positions: [batch] int64, the positions that the tokens will stand at.
 
     Returns: [batch] int64, [batch] float32.
     """
+    if logits.shape[-1] % FAMILY:
+        logits, tp = _side_by_side(logits, tp), None  # shards so narrow that they cut families
     width = logits.shape[-1]
     first = first_vocab_id(width, tp)
-    ids = torch.arange(first, first + width, device=logits.device)
-    if first + width > vocab_size:
-        logits = torch.where(ids < vocab_size, logits, EXCLUDED)
+    real = max(0, min(width, vocab_size - first))
     found = []
     for start in range(0, len(logits), rows := max(1, BLOCK // width)):
         part = slice(start, start + rows)
-        scaled = logits[part] if sampling.logprob_temperature == 1.0 else logits[part] / sampling.logprob_temperature
-        scores = scaled
-        if sampling.temperature:
-            noise = gumbel_noise(seed, iteration, samples[part], positions[part], ids)
-            scores = noise.add_(_truncated(scaled, sampling, tp))
-        best, local = scores.max(dim=-1)
+        scaled = logits[part] / sampling.logprob_temperature
+        scaled[:, real:] = EXCLUDED
+        best, local, total = _best(scaled, sampling, tp, _Noise(seed, iteration, samples[part], positions[part]), first)
         own = scaled.gather(1, local[:, None]).squeeze(1)
-        found.append(torch.stack([best.double(), ids[local].double(), own.double(), scaled.logsumexp(dim=-1).double()]))
+        found.append(torch.stack([best.double(), (local + first).double(), own.double(), total.double()]))
     candidates = gather_over_tensor_parallel(found[0] if len(found) == 1 else torch.cat(found, dim=1), tp)  # [tp, 4, batch]
     if len(candidates) == 1:
         _, token, own, total = candidates[0]
@@ -121,6 +124,45 @@ def sample_tokens(
     winner = candidates[:, 0].max(dim=0).indices[None]  # [1, batch]: of equal scores the first rank's, whose ids are smaller
     token, own = (candidates[:, row].gather(0, winner).squeeze(0) for row in (1, 2))
     return token.long(), (own - candidates[:, 3].logsumexp(dim=0)).float()
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """What the noise of some rows is drawn from, but for the ids; those below zero are the families'."""
+
+    seed: int
+    iteration: int
+    samples: Tensor
+    positions: Tensor
+
+    def of(self, ids: Tensor) -> Tensor:
+        return gumbel_noise(self.seed, self.iteration, self.samples, self.positions, ids)
+
+
+def _best(scaled: Tensor, sampling: Sampling, tp: ProcessGroup | None, noise: _Noise, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a shard [rows, width] that begins with the id `first`: (score of the best, its place in the shard, logsumexp), each [rows].
+
+    A family is weighed by sums of exp(logit - the row's largest). One that is nothing in float32 lies more than 87 below another,
+    and two draws of the noise are never more than 41 apart: it could not win.
+    """
+    top = scaled.max(dim=-1, keepdim=True)
+    peak = top.values.clamp(min=LEAST)  # a shard may be all padding
+    sums = _family_sums(scaled, peak)
+    total = sums.sum(dim=-1).log() + peak.squeeze(1)
+    if not sampling.temperature:
+        return top.values.squeeze(1), top.indices.squeeze(1), total
+    kept = _truncated(scaled, sampling, tp)
+    weights = sums if kept is scaled else _family_sums(kept, peak)
+    families = torch.arange(weights.shape[-1], device=scaled.device)
+    score, family = (noise.of(-1 - first // FAMILY - families) + weights.log() + peak).max(dim=-1)
+    members = family[:, None] * FAMILY + torch.arange(FAMILY, device=scaled.device)
+    member = (noise.of(first + members) + kept.gather(1, members)).argmax(dim=-1)
+    return score, family * FAMILY + member, total
+
+
+def _family_sums(scores: Tensor, peak: Tensor) -> Tensor:
+    """[rows, width], [rows, 1] -> [rows, width / FAMILY]: of each family the sum of exp(score - peak)."""
+    return (scores - peak).exp_().view(len(scores), -1, FAMILY).sum(dim=-1)
 
 
 def _truncated(scores: Tensor, sampling: Sampling, tp: ProcessGroup | None) -> Tensor:

@@ -157,7 +157,8 @@ def slots_within(budget: int | None, bytes_per_slot: int, *, wanted: int, capaci
 def dealt(rows: Sequence[WaitingRow], copies: int) -> list[list[WaitingRow]]:
     """The rows of each of `copies` of a model: equal numbers up to one, the work even, rows of one prompt together where that allows it.
 
-    Work of a row: what it may be given, and once per prompt what is prefilled. Largest first, each to who has least.
+    Work of a row: what it may be given, and once per prompt what is prefilled. Largest first, each to who has least. A copy answers
+    its rows in the order of their numbers, those of one prompt one after the other.
     """
     most = -(-len(rows) // copies)
     prompts: dict[int, list[WaitingRow]] = {}
@@ -175,7 +176,8 @@ def dealt(rows: Sequence[WaitingRow], copies: int) -> list[list[WaitingRow]]:
             taken, part = part[: most - len(hands[copy])], part[most - len(hands[copy]) :]
             hands[copy] += taken
             loads[copy] += _work(taken)
-    return hands
+    first = {prompt: of_one[0].number for prompt, of_one in prompts.items()}
+    return [sorted(hand, key=lambda row: (first[row.prompt], row.number)) for hand in hands]
 
 
 def _work(part: Sequence[WaitingRow]) -> int:

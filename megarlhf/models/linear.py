@@ -37,6 +37,23 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if b.dtype == torch.float32 else _float32_product(a, b)
 
 
+COLUMNS_AT_ONCE = 1024
+"""Of a product with a tall weight on a CPU: a piece of the weight that stays in its cache."""
+
+
+def few_by_many(x: Tensor, weight: Tensor) -> Tensor:
+    """x [m, k] times weight [n, k] transposed, as `float32_product`, where n is much larger than m.
+
+    A CPU's BLAS arranges the whole weight for itself before it multiplies, and does that faster for a piece that stays in its cache.
+    """
+    if weight.is_cuda or weight.dtype != torch.float32:
+        return float32_product(x, weight.t())
+    out = torch.empty(len(x), len(weight), device=x.device)
+    for start in range(0, len(weight), COLUMNS_AT_ONCE):
+        torch.mm(x, weight[start : start + COLUMNS_AT_ONCE].t(), out=out[:, start : start + COLUMNS_AT_ONCE])
+    return out
+
+
 def add_float32_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`float32_product`, added to `total` [m, n] in place where there is one."""
     if total is None:

@@ -187,6 +187,19 @@ def shards_held(architecture: Architecture, head: Head, layout: ParallelLayout, 
     }
 
 
+def layout_violations(architecture: Architecture, layout: ParallelLayout) -> list[str]:
+    """Every way in which `layout` cannot hold a model of this architecture."""
+    a = architecture
+    return layout.violations(
+        num_layers=a.num_layers,
+        num_heads=a.num_heads,
+        num_kv_heads=a.num_kv_heads,
+        hidden_size=a.hidden_size,
+        ffn_size=a.ffn_size,
+        padded_vocab_size=a.padded_vocab_size,
+    )
+
+
 def flat_ranges_counted(
     shard: Shard, architecture: Architecture, head: Head, layout: ParallelLayout, place: Coordinates
 ) -> list[tuple[int, int]]:

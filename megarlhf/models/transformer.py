@@ -22,10 +22,10 @@ from torch import Tensor
 
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention, packed_rows_of_layers
-from megarlhf.models.linear import ColumnLinear, RowLinear, float32_product
+from megarlhf.models.linear import ColumnLinear, RowLinear, few_by_many
 from megarlhf.models.norm import Norm
 from megarlhf.models.parallel_residual import ParallelResidualLayer
-from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, shards_held
+from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, layout_violations, shards_held
 from megarlhf.models.rotary import Rotary
 from megarlhf.models.scalar_head import ScalarHead
 from megarlhf.models.vocab_head import head_logprobs
@@ -76,7 +76,7 @@ class Transformer(GPTModel):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., h] chosen from `full_hidden` -> [..., padded_vocab / tp] float32, this rank's shard of the vocabulary; no gradient."""
-        return float32_product(hidden.flatten(0, -2), self._head_weight().t()).unflatten(0, hidden.shape[:-1])
+        return few_by_many(hidden.flatten(0, -2), self._head_weight()).unflatten(0, hidden.shape[:-1])
 
     def predictions(
         self, hidden: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, entropy_too: bool
@@ -141,19 +141,6 @@ def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
     for name, parameter in named_parameters(chunks, groups).items():
         parameter.shard = held[name]  # the gradients of slices that several ranks hold are summed over them
     return chunks
-
-
-def layout_violations(architecture: Architecture, layout) -> list[str]:
-    """Every way in which `layout` cannot hold a model of this architecture."""
-    a = architecture
-    return layout.violations(
-        num_layers=a.num_layers,
-        num_heads=a.num_heads,
-        num_kv_heads=a.num_kv_heads,
-        hidden_size=a.hidden_size,
-        ffn_size=a.ffn_size,
-        padded_vocab_size=a.padded_vocab_size,
-    )
 
 
 def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:

@@ -22,7 +22,7 @@ ProcessGroup = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """The process groups of one layout, seen from this rank."""
+    """The process groups of one layout, seen from this rank; None where the rank is not in the layout, but for `world` and `alone`."""
 
     layout: ParallelLayout
     rank: int
@@ -39,8 +39,10 @@ class ModelGroups:
     """All ranks of one copy of the model (tp x pp)."""
     outputs: dist.ProcessGroup
     """Ranks with the same tp (dp x pp): one of each carries a given row's output."""
-    world: dist.ProcessGroup
+    members: dist.ProcessGroup
     """All ranks of the layout."""
+    world: dist.ProcessGroup
+    """All ranks of the run."""
     embeddings: dist.ProcessGroup | None
     """First and last stage, which share a tied embedding; None on a stage between them, or with one stage."""
     alone: dist.ProcessGroup
@@ -49,8 +51,13 @@ class ModelGroups:
     """Where this rank's copies between host and device queue, those of all models."""
 
     @property
+    def is_member(self) -> bool:
+        """Whether this rank is in the layout."""
+        return self.rank in self.layout.ranks
+
+    @property
     def coordinates(self) -> Coordinates:
-        """This rank's place in the layout."""
+        """This rank's place in the layout, of which it has to be a member."""
         return self.layout.coordinates(self.rank)
 
     @property
@@ -73,7 +80,7 @@ class ModelGroups:
         groups.pp = self.pp
         groups.mp = groups.tp_ep_pp = self.copy
         groups.cp = groups.ep = self.alone
-        groups.intra_dist_opt = self.world  # megatron takes the gradient norm over this group
+        groups.intra_dist_opt = self.members  # megatron takes the gradient norm over this group
         groups.inter_dist_opt = None
         groups.embd = self.embeddings if tied_embeddings else None
         groups.pos_embd = None
@@ -130,8 +137,13 @@ class World:
         prepare_megatron_globals()
         rank = dist.get_rank()
         return World(
-            rank=rank, size=dist.get_world_size(), local_rank=place.local_rank, device=platform.device(), timeout=timeout,
-            alarm=Alarm(store, rank, reconnect), store=store,
+            rank=rank,
+            size=dist.get_world_size(),
+            local_rank=place.local_rank,
+            device=platform.device(),
+            timeout=timeout,
+            alarm=Alarm(store, rank, reconnect),
+            store=store,
         )
 
     @staticmethod
@@ -145,7 +157,7 @@ class World:
 
     def groups(self, layout: ParallelLayout) -> ModelGroups:
         """The process groups of `layout`; those that were made before are used again."""
-        assert layout.num_ranks == self.size
+        assert layout.ranks.stop <= self.size
         ends = [[ranks[0], ranks[-1]] for ranks in layout.peers("pp")] if layout.pp > 1 else []
         return ModelGroups(
             layout=layout,
@@ -157,6 +169,7 @@ class World:
             pp_back=self._group_of_peers(layout.peers("pp"), apart=layout.messages_meet),
             copy=self._group_of_peers(layout.peers("tp,pp")),
             outputs=self._group_of_peers(layout.peers("dp,pp")),
+            members=self._group_of_peers([list(layout.ranks)]),
             world=dist.group.WORLD,
             embeddings=self._group_of_peers(ends),
             alone=self._group_of_this_rank(),

@@ -16,7 +16,7 @@ class Coordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """A tensor x pipeline x data layout over ``tp * pp * dp`` ranks.
+    """A tensor x pipeline x data layout over ``tp * pp * dp`` ranks, those from ``first_rank`` on.
 
     Ranks are numbered with tp fastest, then dp, then pp (Megatron's order), so that tensor-parallel peers share a
     node. With ``virtual_pp`` > 1 each stage holds that many chunks of layers (interleaved 1F1B).
@@ -32,6 +32,7 @@ class ParallelLayout:
     virtual_pp: int = 1
     sequence_parallel: bool = False
     tp_stride: int = 1
+    first_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.tp_stride < 1 or (self.pp * self.dp) % self.tp_stride:
@@ -41,6 +42,11 @@ class ParallelLayout:
     def num_ranks(self) -> int:
         """tp * pp * dp."""
         return self.tp * self.pp * self.dp
+
+    @property
+    def ranks(self) -> range:
+        """The ranks of the world that it is over."""
+        return range(self.first_rank, self.first_rank + self.num_ranks)
 
     @staticmethod
     def over(num_ranks: int, *, tp: int = 1, pp: int = 1, **axes: int) -> ParallelLayout:
@@ -53,16 +59,16 @@ class ParallelLayout:
         return ParallelLayout(tp=tp, pp=pp, dp=num_ranks // (tp * pp), **axes)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of `rank`."""
-        assert 0 <= rank < self.num_ranks
-        outer, inner = divmod(rank, self.tp * self.tp_stride)
+        """The place of `rank`, which is one of `ranks`."""
+        assert rank in self.ranks
+        outer, inner = divmod(rank - self.first_rank, self.tp * self.tp_stride)
         row = outer * self.tp_stride + inner % self.tp_stride  # pp * dp + dp of its place
         return Coordinates(tp=inner // self.tp_stride, dp=row % self.dp, pp=row // self.dp)
 
     def rank(self, *, tp: int, dp: int, pp: int) -> int:
         """The rank at a place."""
         outer, inner = divmod(pp * self.dp + dp, self.tp_stride)
-        return (outer * self.tp + tp) * self.tp_stride + inner
+        return self.first_rank + (outer * self.tp + tp) * self.tp_stride + inner
 
     def peers(self, axes: str) -> list[list[int]]:
         """All groups of ranks that differ only along `axes`, a comma-separated choice of tp, dp, pp; each group ascending.
@@ -71,7 +77,7 @@ class ParallelLayout:
         """
         vary = axes.split(",")
         groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.num_ranks):
+        for rank in self.ranks:
             place = self.coordinates(rank)
             fixed = tuple(getattr(place, axis) for axis in ("tp", "dp", "pp") if axis not in vary)
             groups.setdefault(fixed, []).append(rank)
@@ -153,4 +159,5 @@ class ParallelLayout:
         text = f"tp{self.tp} pp{self.pp} dp{self.dp}"
         text += f" virtual_pp{self.virtual_pp}" if self.virtual_pp > 1 else ""
         text += f" tp_stride{self.tp_stride}" if self.tp_stride > 1 else ""
-        return text + (" sp" if self.sequence_parallel else "")
+        text += " sp" if self.sequence_parallel else ""
+        return text + (f" from rank {self.first_rank} on" if self.first_rank else "")

@@ -73,6 +73,20 @@ def synchronize() -> None:
         torch.cuda.current_stream().synchronize()
 
 
+@contextlib.contextmanager
+def named_range(name: str) -> Iterator[None]:
+    """What is done inside goes by this name in a profile: torch's, and on CUDA that of NVIDIA's tools."""
+    on_device = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+    with torch.profiler.record_function(name), on_device:
+        yield
+
+
+def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What torch's profiler can watch here."""
+    kinds = torch.profiler.ProfilerActivity
+    return [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
+
+
 def free_host_memory() -> int:
     """Bytes of this machine's memory that programs can still take."""
     with open("/proc/meminfo", encoding="ascii") as file:

@@ -94,13 +94,14 @@ def _reshard(options: argparse.Namespace) -> int:
 
     source = parse_layout(options.source)
     target = parse_layout(options.target, source.num_ranks)
-    options.nodes = max(1, source.num_ranks // options.gpus_per_node)
+    options.nodes = -(-max(source.ranks.stop, target.ranks.stop) // max(1, options.gpus_per_node))
     try:
         architecture = make_architecture(options.preset, vocab_size=options.vocab_size)
     except ValueError as error:
         raise ConfigError(f"--preset: {error}") from error
-    moved = traffic(architecture, source, target, gpus_per_node=options.gpus_per_node)
-    print(as_text(moved, cluster_of(options)), end="", flush=True)
+    cluster = cluster_of(options)
+    moved = traffic(architecture, source, target, gpus_per_node=cluster.gpus_per_node)
+    print(as_text(moved, cluster), end="", flush=True)
     return 0
 
 
@@ -113,7 +114,11 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     gpu = GPUS[options.gpu]
     inside, between = ((gbps * GB / 8 if gbps else None) for gbps in (options.inside_gbps, options.between_gbps))
     return Cluster(
-        gpu=gpu, nodes=options.nodes, gpus_per_node=options.gpus_per_node, inside=inside or gpu.inside, between=between or gpu.between,
+        gpu=gpu,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        inside=inside or gpu.inside,
+        between=between or gpu.between,
         reserved_bytes=options.reserve_gb * GB,
     )
 
@@ -154,8 +159,10 @@ def _parser() -> argparse.ArgumentParser:
 def _reshard_parser() -> argparse.ArgumentParser:
     summary = "What moves when weights are published from one layout to another: bytes per rank, busiest link, memory, seconds."
     parser = argparse.ArgumentParser(prog="megarlhf plan reshard", description=summary, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", required=True, metavar="LAYOUT", help="the training layout, such as tp8pp8dp16")
-    parser.add_argument("--to", dest="target", required=True, metavar="LAYOUT", help="the generation layout, such as tp8pp1")
+    source = "the training layout, such as tp8pp8dp16, or tp8@8 from rank 8 on"
+    target = "the generation layout, such as tp8pp1; without dp it is over all ranks of training"
+    parser.add_argument("--from", dest="source", required=True, metavar="LAYOUT", help=source)
+    parser.add_argument("--to", dest="target", required=True, metavar="LAYOUT", help=target)
     parser.add_argument("--preset", required=True, help="the model, such as gpt3-175b")
     parser.add_argument("--vocab-size", type=int, default=50257, help="ids of its vocabulary (default: GPT-2's %(default)d)")
     _add_hardware(parser)

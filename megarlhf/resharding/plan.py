@@ -1,4 +1,4 @@
-"""Which rank sends which slice of which parameter to which rank, for any layout to any other over the same ranks.
+"""Which rank sends which slice of which parameter to which rank, for any layout to any other, over whichever ranks.
 
 Pure arithmetic on the description in models/parameters.py: no process group and no model. Every rank computes the same
 plan. The choice of senders is made once for whole families of parameters; pieces are only listed for the rank that asks.
@@ -122,7 +122,7 @@ class Route:
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """How the weights of a model get from the `source` layout to the `target` layout over the same ranks.
+    """How the weights of a model get from the `source` layout to the `target` layout; their ranks may be the same, some, or others.
 
     Every element that a target rank holds arrives exactly once: from the rank itself where it holds it already, else from a rank
     of the same node, else from the holder that has sent least so far.
@@ -135,6 +135,11 @@ class ReshardPlan:
     families: tuple[Family, ...] = field(repr=False)
     routes: tuple[Route, ...] = field(repr=False)
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the smallest world that has those of both layouts."""
+        return max(self.source.ranks.stop, self.target.ranks.stop)
+
     @cached_property
     def _routes_from(self) -> dict[int, list[Route]]:
         return _grouped(self.routes, "source")
@@ -145,7 +150,7 @@ class ReshardPlan:
 
     def for_rank(self, rank: int) -> RankPlan:
         """The pieces that `rank` copies locally, sends and receives."""
-        incoming = [piece for route in self._routes_to[rank] for piece in self._pieces(route)]
+        incoming = [piece for route in self._routes_to.get(rank, []) for piece in self._pieces(route)]
         outgoing = [piece for route in self._routes_from.get(rank, []) if route.target != rank for piece in self._pieces(route)]
         return RankPlan(
             local=tuple(piece for piece in incoming if piece.source == rank),
@@ -155,7 +160,7 @@ class ReshardPlan:
 
     def bytes_local(self, rank: int, *, element_size: int) -> int:
         """Bytes that `rank` copies within itself, at `element_size` bytes per weight."""
-        return element_size * sum(route.elements for route in self._routes_to[rank] if route.source == rank)
+        return element_size * sum(route.elements for route in self._routes_to.get(rank, []) if route.source == rank)
 
     def bytes_sent(self, rank: int, *, element_size: int) -> int:
         """Bytes that `rank` sends to others, at `element_size` bytes per weight."""
@@ -163,14 +168,17 @@ class ReshardPlan:
 
     def bytes_received(self, rank: int, *, element_size: int) -> int:
         """Bytes that `rank` receives from others, at `element_size` bytes per weight."""
-        return element_size * sum(route.elements for route in self._routes_to[rank] if route.source != rank)
+        return element_size * sum(route.elements for route in self._routes_to.get(rank, []) if route.source != rank)
 
     def views(self, rank: int) -> dict[str, Copy]:
         """By name the parameters that `rank` need not copy: its target tensor is a contiguous part of its source tensor."""
-        found = {}
+        found: dict[str, Copy] = {}
         pieces: dict[str, list[Copy]] = defaultdict(list)
-        for piece in self.for_rank(rank).local:
-            pieces[piece.name].append(piece)
+        for route in self._routes_to.get(rank, []):
+            for piece in self._pieces(route) if route.source == rank else ():
+                pieces[piece.name].append(piece)
+        if not pieces:
+            return found
         source_tp, target_tp = self.source.coordinates(rank).tp, self.target.coordinates(rank).tp
         for spec in parameter_specs(self.architecture, self.head):
             if not (of_name := pieces.get(spec.name)):
@@ -225,15 +233,7 @@ class ReshardPlan:
 
 
 def plan_reshard(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> ReshardPlan:
-    """The plan from `source` to `target`, the same on every rank.
-
-    ValueError when the layouts are over different numbers of ranks.
-    """
-    if source.num_ranks != target.num_ranks:
-        raise ValueError(
-            f"weights can be resharded between layouts over the same ranks: {source} has {source.num_ranks} ranks, "
-            f"{target} has {target.num_ranks}"
-        )
+    """The plan from `source` to `target`, the same on every rank."""
     families = _families(architecture, head, source, target)
     senders = _Senders(source)
     return ReshardPlan(architecture, head, source, target, families, tuple(_routes(families, source, target, senders)))
@@ -245,10 +245,10 @@ def nearest_layout(architecture: Architecture, head: Head, source: ParallelLayou
     Rank t of T training peers lies in part t * tp // T of the target's tp parts when peers are T / tp ranks apart, since stages nest in
     rank order as they are: that one other order is looked at. It leaves generation's peers among training's, so that it is only taken
     where these are on one node. Where tp grows a rank's slice has to be one of several in its own, and no order whose groups ascend
-    does better than the usual.
+    does better than the usual. Layouts over other ranks than the source's stay as they are.
     """
     stride, rest = divmod(source.tp, target.tp)
-    if rest or stride == 1 or source.tp > NODE_SIZE or (target.pp * target.dp) % stride or source.num_ranks != target.num_ranks:
+    if rest or stride == 1 or source.tp > NODE_SIZE or (target.pp * target.dp) % stride or source.ranks != target.ranks:
         return target
     strided = dataclasses.replace(target, tp_stride=stride)
     kept = {layout: sum(elements_kept(architecture, head, source, layout)) for layout in (target, strided)}
@@ -256,7 +256,7 @@ def nearest_layout(architecture: Architecture, head: Head, source: ParallelLayou
 
 
 def elements_kept(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> list[int]:
-    """By rank, the elements that it holds in both layouts: what it has no need to receive."""
+    """By rank of the target, the elements that it holds in both layouts: what it has no need to receive."""
     families = _families(architecture, head, source, target)
 
     @cache
@@ -267,8 +267,13 @@ def elements_kept(architecture: Architecture, head: Head, source: ParallelLayout
             if source_stage in family.source_stages and target_stage in family.target_stages
         )
 
-    places = ((source.coordinates(rank), target.coordinates(rank)) for rank in range(target.num_ranks))
-    return [kept(a.tp, a.pp, b.tp, b.pp) for a, b in places]
+    def kept_by(rank: int) -> int:
+        if rank not in source.ranks:
+            return 0
+        a, b = source.coordinates(rank), target.coordinates(rank)
+        return kept(a.tp, a.pp, b.tp, b.pp)
+
+    return [kept_by(rank) for rank in target.ranks]
 
 
 def _placed(architecture: Architecture, head: Head, source: ParallelLayout, target: ParallelLayout) -> Iterator[tuple]:
@@ -300,7 +305,7 @@ def _families(architecture: Architecture, head: Head, source: ParallelLayout, ta
 
 def _routes(families: tuple[Family, ...], source: ParallelLayout, target: ParallelLayout, senders: _Senders) -> Iterator[Route]:
     targets_of_stage: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for rank in range(target.num_ranks):
+    for rank in target.ranks:
         place = target.coordinates(rank)
         targets_of_stage[place.pp].append((rank, place.tp))
     for number, family in enumerate(families):
@@ -346,7 +351,7 @@ class _Senders:
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
-        self.sent = [0] * layout.num_ranks
+        self.sent = dict.fromkeys(layout.ranks, 0)
         self._holders: dict[tuple, _Holders] = {}
 
     def holders(self, stages: tuple[int, ...], part: int, parts: int) -> _Holders:
@@ -363,7 +368,7 @@ class _Senders:
         if target in holders.ranks:
             return target
         if near := holders.of_node.get(target // NODE_SIZE):
-            copy = self.layout.coordinates(target).dp
+            copy = self.layout.coordinates(target).dp if target in self.layout.ranks else None
             source = min(near, key=lambda rank: (self.sent[rank], self.layout.coordinates(rank).dp != copy, rank))
         else:
             source = self._least_busy(holders.heap)

@@ -30,7 +30,7 @@ class Publisher:
     """
 
     def __init__(self, architecture: Architecture, head: Head, source_groups: ModelGroups, target_groups: ModelGroups) -> None:
-        """Plan from the layout of `source_groups` to that of `target_groups`; ValueError when they differ in their ranks."""
+        """Plan from the layout of `source_groups` to that of `target_groups`; a rank that is not in one passes nothing for it."""
         self.architecture, self.head = architecture, head
         self.source_groups, self.target_groups = source_groups, target_groups
         self.version: int | None = None
@@ -42,14 +42,13 @@ class Publisher:
             plan = plan_reshard(architecture, head, source_groups.layout, target_groups.layout)
             self._resharder = Resharder(plan, source_groups)
             self._views = plan.views(source_groups.rank)
-            held = shards_held(architecture, head, target_groups.layout, target_groups.coordinates)
-            self._shapes = {name: shard.shape for name, shard in held.items()}
+            self._shapes = {name: shard.shape for name, shard in self._shards(target_groups).items()}
 
     @property
     def in_place(self) -> bool:
         """Whether every rank holds the same shards in both layouts: the generator then shares the policy's modules."""
         source, target = self.source_groups.layout, self.target_groups.layout
-        axes = ("tp", "pp", "dp", "virtual_pp", "tp_stride")
+        axes = ("tp", "pp", "dp", "virtual_pp", "tp_stride", "first_rank")
         return all(getattr(source, axis) == getattr(target, axis) for axis in axes)
 
     @torch.no_grad()
@@ -107,14 +106,19 @@ class Publisher:
                 layouts = f"{self.source_groups.layout} and {self.target_groups.layout}"
                 raise RuntimeError(f"{spec.name} differs between the layouts {layouts}: the generator's weights are not the policy's")
 
+    def _shards(self, groups: ModelGroups) -> dict[str, Shard]:
+        """Name -> what this rank holds in a layout: nothing where it is not in it."""
+        return shards_held(self.architecture, self.head, groups.layout, groups.coordinates) if groups.is_member else {}
+
     def _range_of_checksums(self, parameters: Mapping[str, Tensor], groups: ModelGroups) -> tuple[list[int], list[int]]:
         """The smallest and the largest checksum of each parameter over all copies in one layout."""
         index = {spec.name: i for i, spec in enumerate(parameter_specs(self.architecture, self.head))}
-        held = shards_held(self.architecture, self.head, groups.layout, groups.coordinates)
-        sums = [checksums(parameters[name], shard) for name, shard in held.items()]
-        together = torch.cat(sums)
-        dist.all_reduce(together, group=groups.tp)
-        whole = dict(zip(held, together.split([len(part) for part in sums]), strict=True))
+        whole: dict[str, Tensor] = {}
+        if held := self._shards(groups):
+            sums = [checksums(parameters[name], shard) for name, shard in held.items()]
+            together = torch.cat(sums)
+            dist.all_reduce(together, group=groups.tp)
+            whole = dict(zip(held, together.split([len(part) for part in sums]), strict=True))
         largest = torch.full((2, len(index)), MISSING, dtype=torch.int64, device=groups.device)
         for name, values in whole.items():
             largest[0, index[name]] = values.max()

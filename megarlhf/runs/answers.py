@@ -15,6 +15,8 @@ from megarlhf.storage.files import read_json
 
 ANSWERS_FILE = "responses.jsonl"
 INPUTS_FILE = "inputs.json"
+PARTS_FOLDER = "answers"
+"""What the ranks have answered so far, until all is answered: see runs/partial_answers.py."""
 HOW_MANY_AT_A_TIME = ("max_batch_size", "kv_cache_bytes")
 """Keys of `sampling` that decide nothing about the answers."""
 
@@ -24,7 +26,8 @@ def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str
     fields = json.dumps([dict(row.fields) for row in prompts]).encode()
     model = {name: getattr(config.model, name) for name in ("load", "load_model", "load_average")}
     sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name not in HOW_MANY_AT_A_TIME}
-    return {
+    several = {"samples_per_prompt": config.samples_per_prompt} if isinstance(config, GenerateConfig) else {}
+    return several | {
         "model": model,
         "tokenizer": fingerprints["tokenizer"],
         "prompts": fingerprints.get("prompts"),
@@ -36,14 +39,15 @@ def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str
 
 def answers_to_other_input(run: Run, inputs: Mapping[str, Any]) -> list[str]:
     """What speaks against writing this input's answers into a run's folder, on the rank that writes: those to another one."""
-    if not run.is_writer or not (run.dir / ANSWERS_FILE).exists():
+    held = next((run.dir / name for name in (ANSWERS_FILE, PARTS_FOLDER) if (run.dir / name).exists()), None)
+    if not run.is_writer or held is None:
         return []
-    way_out = "choose another run.dir, or remove that file"
+    way_out = "choose another run.dir, or remove it"
     if not (run.dir / INPUTS_FILE).exists():
-        return [f"run.dir: {run.dir / ANSWERS_FILE} holds answers, and nothing says to what; {way_out}"]
+        return [f"run.dir: {held} holds answers, and nothing says to what; {way_out}"]
     try:
         before = read_json(run.dir / INPUTS_FILE)
     except ValueError as error:
         return [f"run.dir: {error}"]
     differing = [name for name, value in inputs.items() if before.get(name) != value]
-    return [f"run.dir: {run.dir / ANSWERS_FILE} holds answers to other input ({', '.join(differing)}); {way_out}"] if differing else []
+    return [f"run.dir: {held} holds answers to other input ({', '.join(differing)}); {way_out}"] if differing else []

@@ -1,11 +1,11 @@
 """A run's folder: its configuration, logs and checkpoints, and how it goes on after an interruption.
 
-    run.json       the run's id and stage: what makes it this run
-    config.yaml    the resolved configuration, for people
-    environment.json  what it was last started on, for people
-    metrics.jsonl, samples.jsonl, ...
-    checkpoints/   step_00000010/ ..., and best.json where validation chose one
-    lock           held by the process that works here
+run.json       the run's id and stage: what makes it this run
+config.yaml    the resolved configuration, for people
+environment.json  what it was last started on, for people
+metrics.jsonl, samples.jsonl, ...
+checkpoints/   step_00000010/ ..., and best.json where validation chose one
+lock           held by the process that works here
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -105,14 +105,14 @@ class Run:
             tqdm.write(f"[{self.stage}] {text}", file=sys.stderr)  # above a progress bar, where there is one
             sys.stderr.flush()
 
-    def keep(self, fingerprints: Mapping[str, str]) -> list[str]:
-        """Remember the fingerprints of what the run reads; returns how they differ from those that it began with."""
+    def keep(self, fingerprints: Mapping[str, str], *, but: Collection[str] = ()) -> list[str]:
+        """Remember the fingerprints of what the run reads; returns how they differ from those that it began with, `but` some."""
         self.fingerprints |= fingerprints
         before = self.resumed.state["fingerprints"] if self.resumed is not None else {}
         return [
             f"{name} is not what the run in {self.dir} began with: its content has changed; bring that back, or choose another run.dir"
             for name in before.keys() & fingerprints.keys()
-            if before[name] != fingerprints[name]
+            if before[name] != fingerprints[name] and name not in but
         ]
 
     def introduce(self, notes: Sequence[str]) -> None:

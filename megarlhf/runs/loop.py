@@ -16,6 +16,7 @@ from megarlhf.runs.bad_batches import keep_bad_batches
 from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
 from megarlhf.runs.interruption import CLOCK, Interrupted, Interruption
+from megarlhf.runs.profiling import profiled, refuse_late_profile
 from megarlhf.telemetry.alerts import Alerts
 from megarlhf.telemetry.metrics import Metrics
 from megarlhf.telemetry.progress import Progress
@@ -92,6 +93,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
     if start == stage.total_steps:
         run.say(f"already complete at step {start}; choose another run.dir for a new run")
         return {}
+    refuse_late_profile(run, stage.total_steps)
     run.introduce(stage.notes)
     run.open_logs(start)
     evaluation: dict[str, float] = {}
@@ -102,7 +104,8 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
         for number in range(start, stage.total_steps):
             done, last, best = number + 1, number + 1 == stage.total_steps, False
             run.world.alarm.doing = f"step {done}"
-            metrics = stage.step(number)
+            with profiled(run, done):
+                metrics = stage.step(number)
             keep_bad_batches(run, done, stage.models)
             metrics |= _alerts_of(metrics, alerts, run, done)
             if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):

@@ -20,7 +20,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Charge the body to the phase `name`; a body that raises is not counted."""
         platform.forget_peak_memory()
-        with self._timers(name):
+        with self._timers(name), platform.named_range(name):
             yield
         self._peaks[name] = max(self._peaks.get(name, 0), platform.peak_memory_bytes())
 

@@ -164,24 +164,28 @@ class CheckpointReader:
     def fill(self, out: Tensor, model: str, kind: str, parameter: str, target: Piece) -> None:
         """Set `out` [n] to the elements of a parameter that `target` describes, cast to its dtype.
 
-        Holds one saved piece at a time besides `out`. ValueError where the checkpoint does not have them all, or has another shape.
+        What lies in one piece of a file as it does in `out` is read where it belongs; else one piece at a time is held besides.
+        ValueError where the checkpoint does not have them all, or has another shape.
         """
-        missing = torch.ones(target.num_elements, dtype=torch.bool)
+        missing = target.num_elements
         for name, entry in self.saved.holders[model].get(parameter, []):
             file, source = self._opened(name, model, entry)
             if source.shape != target.shape:
                 shapes = f"{list(source.shape)}, but this one's is {list(target.shape)}"
                 raise ValueError(f"{self.saved.path}: {model}'s {parameter} is {shapes}")
-            shared = overlaps(source, target)
+            shared, tensor = overlaps(source, target), f"{model}.{kind}.{entry}"
             if not shared:
                 continue
             first, last = min(part.source_span[0] for part in shared), max(part.source_span[1] for part in shared)
-            values = file.read(f"{model}.{kind}.{entry}", first, last)
-            for part in shared:
-                part.target(out).copy_(part.source(values, first))
-                part.target(missing).fill_(False)
-        if missing.any():
-            where = f"{int(missing.sum())} of the {missing.numel()} elements wanted of"
+            if source == target and _can_be_read_into(out, file, tensor):
+                file.read_into(out, tensor)
+            else:
+                values = file.read(tensor, first, last)
+                for part in shared:
+                    part.target(out).copy_(part.source(values, first))
+            missing -= sum(part.rows * part.columns for part in shared)  # no element is in two pieces
+        if missing:
+            where = f"{missing} of the {target.num_elements} elements wanted of"
             raise ValueError(f"{self.saved.path} does not hold {where} {model}.{kind}.{parameter}")
 
     def _opened(self, name: str, model: str, entry: str) -> tuple[TensorFile, Piece]:
@@ -189,6 +193,12 @@ class CheckpointReader:
             self._files[name] = TensorFile(self.saved.path / name)
             self._pieces[name] = json.loads(self._files[name].metadata[PIECES])
         return self._files[name], Piece.from_json(self._pieces[name][model][entry])
+
+
+def _can_be_read_into(out: Tensor, file: TensorFile, tensor: str) -> bool:
+    """Whether `out` can take the bytes of a saved tensor as they are."""
+    entry = file.entries.get(tensor)
+    return entry is not None and entry.dtype == out.dtype and out.device.type == "cpu" and out.is_contiguous()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

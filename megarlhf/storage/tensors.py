@@ -141,11 +141,15 @@ class TensorFile:
 
         ValueError where there is no such tensor, or its values cannot be read.
         """
-        entry = self.entries.get(name)
-        if entry is None or entry.dtype is None:
-            raise ValueError(f"{self.path} holds no tensor {name}" + (" of a kind that can be read" if entry else ""))
+        entry = self._entry(name)
         out = torch.empty(entry.shape if stop is None else (stop - start,), dtype=entry.dtype)
-        into = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        self.read_into(out.view(-1), name, start)
+        return out
+
+    def read_into(self, out: Tensor, name: str, start: int = 0) -> None:
+        """Set a contiguous host tensor `out` [n], of the tensor's dtype, to its elements from `start` on. ValueError as for `read`."""
+        entry = self._entry(name)
+        into = bytes_of(out)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.offset + start * entry.dtype.itemsize)
@@ -155,7 +159,12 @@ class TensorFile:
             raise ValueError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if into:
             raise ValueError(f"{self.path} cannot be read: it ends before the values of {name} do")
-        return out
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.entries.get(name)
+        if entry is None or entry.dtype is None:
+            raise ValueError(f"{self.path} holds no tensor {name}" + (" of a kind that can be read" if entry else ""))
+        return entry
 
 
 def _made(name: str, tensor: Tensor | LazyTensor) -> Tensor:

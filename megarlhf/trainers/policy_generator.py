@@ -63,6 +63,7 @@ class PolicyGenerator:
     def check_weights(self) -> None:
         """RuntimeError where what the generator holds is not the policy as it is now."""
         if self.publisher.in_place:
+            self.policy.offload.need("weights")
             return
         published, now = self.publisher.version, self.policy.optimizer.weights_version
         if published is None:

@@ -18,7 +18,7 @@ from megarlhf.batch import Experience, Prompts, Rollouts, ValueTargets
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.data.tokenized import PromptRow
+from megarlhf.data.tokenized import PromptRow, rows_fingerprint
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
@@ -30,7 +30,7 @@ from megarlhf.runs.phases import Phases
 from megarlhf.runs.records import Records, open_tokenizer
 from megarlhf.runs.rewards import RewardFunctions, Rewards, RewardsOf
 from megarlhf.trainers.policy_generator import PolicyGenerator
-from megarlhf.trainers.ppo_metrics import group_metrics, rollout_metrics, value_metrics
+from megarlhf.trainers.ppo_metrics import group_metrics, require_same_policy, rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
 
 
@@ -116,6 +116,7 @@ class ProximalPolicyOptimization(Stage):
         with self.phases("score"):
             roles.turn_to("score")
             judged = self.judged(rollouts, rows, minibatches[0])
+        require_same_policy(rollouts, judged.logprobs, most=self.config.generation.max_logprob_gap)
         experience, targets = self.experience(rollouts, judged)
 
         # experience -> updates
@@ -266,7 +267,10 @@ class ProximalPolicyOptimization(Stage):
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from saved cursors; text, and a coefficient that is adapted, begin where they were not there before."""
-        self.order.load_state_dict(state["order"])
+        if self.config.data.prompts_may_grow and state["order"]["num_items"] < self.order.num_items:
+            self.order.begin_behind(state["order"])
+        else:
+            self.order.load_state_dict(state["order"])
         if self.text and state["text"] is not None:
             self.text.load_state_dict(state["text"])
         if self.settings.adaptive_kl is not None and state["kl_coef"] is not None:
@@ -281,7 +285,24 @@ def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
     batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
     prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)
     valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
-    problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+    added = _added(prompts, run)
+    if added and not config.data.prompts_may_grow:
+        records.problems.append(
+            f"data.prompts: {added} prompts were added behind those that the run in {run.dir} began with; "
+            "set data.prompts_may_grow: true to go on with all of them, or choose another run.dir"
+        )
+    elif added:
+        records.notes.append(f"{config.data.prompts}: {added} prompts were added; a new epoch over all {len(prompts)} begins")
+    problems = [*records.agree(run.world), *run.keep(records.fingerprints, but=["data.prompts"] if added else [])]
     stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)
     stage.notes = [*records.notes, *stage.notes]
     return run_stage(stage, run)
+
+
+def _added(prompts: Sequence[PromptRow], run: Run) -> int:
+    """How many prompts stand behind those that the run began with; 0 where they are others, or it begins."""
+    if run.resumed is None:
+        return 0
+    began_with = run.resumed.state["cursors"]["order"]["num_items"]
+    same = rows_fingerprint(prompts[:began_with]) == run.resumed.state["fingerprints"]["data.prompts"]
+    return len(prompts) - began_with if same else 0

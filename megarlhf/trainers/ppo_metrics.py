@@ -8,6 +8,7 @@ from torch import Tensor
 from megarlhf.algorithms.kl import k1, k3
 from megarlhf.algorithms.masked import explained_variance, masked_mean, masked_variance
 from megarlhf.batch import Rollouts
+from megarlhf.runs.agreement import RunError
 
 
 def rollout_metrics(rollouts: Rollouts, *, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, float]:
@@ -21,15 +22,36 @@ def rollout_metrics(rollouts: Rollouts, *, scores: Tensor, logprobs: Tensor, ref
         kl = torch.where(mask, estimator(logprobs.double(), ref_logprobs.double()), 0.0)
         metrics[f"rollout/kl{suffix}"] = float(kl.sum(dim=1).mean())
         metrics[f"rollout/kl{suffix}_per_token"] = float(kl.sum() / count)
-    gap = torch.where(mask, logprobs - rollouts.logprobs, 0.0).abs().max()
+    gap, largest_gap = logprob_gap(rollouts, logprobs)
     lengths = (rollouts.lengths - rollouts.prompt_lengths).double()
     return metrics | {
         "rollout/reward_mean": float(scores.double().mean()),
         "rollout/reward_std": float(scores.double().std(correction=0)),
         "rollout/response_len": float(lengths.mean()),
         "rollout/finished_fraction": float(rollouts.finished.double().mean()),
-        "rollout/generator_logprob_gap": float(gap),
+        "rollout/generator_logprob_gap": largest_gap,
+        "rollout/generator_logprob_gap_mean": gap,
     }
+
+
+def logprob_gap(rollouts: Rollouts, logprobs: Tensor) -> tuple[float, float]:
+    """(mean, largest) difference in nats between the generator's and the trainer's log-probability [batch, seq - 1] of a response token."""
+    gap = torch.where(rollouts.response_mask, logprobs - rollouts.logprobs, 0.0).abs().double()
+    return float(gap.sum() / rollouts.response_mask.sum()), float(gap.max())
+
+
+def require_same_policy(rollouts: Rollouts, logprobs: Tensor, *, most: float | None) -> None:
+    """RunError where the mean of `logprob_gap` is above `most`: what was sampled is not of the policy that would learn from it.
+
+    Every rank holds all rollouts, so that it is raised on all. NaN is left to the update, which knows of it.
+    """
+    mean, largest = logprob_gap(rollouts, logprobs)
+    if most is not None and mean > most:
+        raise RunError(
+            f"the generator's log-probabilities are {mean:.3g} nats from the trainer's in the mean over this iteration's tokens "
+            f"({largest:.3g} at most), and generation.max_logprob_gap is {most:g}: these responses are not the policy's, and nothing was "
+            "learned from them. In fp32 that is a fault to report; in bf16 and fp16 look at how far rounding goes, and raise the limit"
+        )
 
 
 def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:

@@ -62,7 +62,7 @@ class PpoModels:
         return {role: engine for role, engine in models.items() if engine is not None}
 
     def offload_metrics(self) -> dict[str, float]:
-        """"time/offload_seconds": what copies to and from the host made the computation wait since the last call."""
+        """ "time/offload_seconds": what copies to and from the host made the computation wait since the last call."""
         if not any(engine.offload.kinds for engine in self.engines.values()):
             return {}
         return {"time/offload_seconds": self.generation_groups.side_stream.take_seconds()}
@@ -77,7 +77,7 @@ class PpoModels:
         rows = row_lengths(config)
         policy = planner.plan("policy", config.policy, "lm", rows=rows["policy"])
         value = planner.plan("value", config.value, "scalar", rows=rows["value"]) if config.value is not None else None
-        reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"]) if config.reward.load is not None else None
+        reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"]) if config.reward.has_model else None
         reference = planner.plan("reference", config.reference, "lm", rows=rows["reference"])
         generation = _generation_layout(config, planner, policy)
         planner.check()
@@ -96,9 +96,9 @@ class PpoModels:
 
 def _other_rewards(config: PpoConfig, run: Run) -> list[str]:
     """A reward model that a run began without, or with and goes on without."""
-    if run.resumed is None or ("reward" in run.resumed.state["sources"]) == (config.reward.load is not None):
+    if run.resumed is None or ("reward" in run.resumed.state["sources"]) == config.reward.has_model:
         return []
-    how = "without" if config.reward.load is not None else "with"
+    how = "without" if config.reward.has_model else "with"
     return [f"reward.load: the run in {run.dir} began {how} a reward model; keep it so, or choose another run.dir"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megarlhf.batch import Prompts
 from megarlhf.generation.generator import Generator
-from megarlhf.generation.sampling import Sampling, gumbel_noise, sample_tokens
+from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, sample_tokens
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import TIED_NAME, shards_held
 from megarlhf.models.transformer import ModelSpec, build_model, initialize, named_parameters
@@ -84,7 +84,11 @@ def slow_response(chunk, prompt, sample, *, temperature, top_k=None, top_p=None,
             before = scores[order].softmax(0).cumsum(0).roll(1)
             before[0] = 0.0
             scores[order[before >= (top_p or 2.0)]] = -torch.inf
-            scores += gumbel_noise(seed, iteration, torch.tensor([sample]), torch.tensor([len(tokens)]), torch.arange(VOCAB))[0]
+            keys = (seed, iteration, torch.tensor([sample]), torch.tensor([len(tokens)]))
+            families = torch.stack([part.logsumexp(0) for part in scores.split(FAMILY)])
+            family = int((families + gumbel_noise(*keys, -1 - torch.arange(len(families)))[0]).argmax())
+            scores += gumbel_noise(*keys, torch.arange(VOCAB))[0]
+            scores[torch.arange(VOCAB) // FAMILY != family] = -torch.inf
         tokens.append(int(scores.argmax()))
         logprobs.append(float(scaled.log_softmax(0)[tokens[-1]]))
         if tokens[-1] == EOS:
@@ -191,10 +195,10 @@ def test_responses_depend_on_their_keys_only(ranks4):
 def check_sampling_over_shards():
     world = World.connect()
     groups = world.groups(world.layout(tp=world.size))
-    shard, first = 256 // world.size, 256 // world.size * groups.coordinates.tp
-    whole = (2 * torch.randn(40, 256, generator=torch.Generator().manual_seed(0))).round(decimals=1)  # with ties
     keys = {"seed": 1, "iteration": 0, "samples": torch.arange(40), "positions": torch.arange(40) % 3}
-    for vocab_size in (250, 70):  # with 70, some shards are all padding
+    for padded, vocab_size in ((256, 250), (256, 70), (32 + 16, 40)):  # with 70, some shards are all padding; of 48, shards cut families
+        shard, first = padded // world.size, padded // world.size * groups.coordinates.tp
+        whole = (2 * torch.randn(40, padded, generator=torch.Generator().manual_seed(0))).round(decimals=1)  # with ties
         for settings in [*SETTINGS, {"top_k": 3}, {"top_k": 150}, {"top_p": 0.3}, {"top_p": 1.0, "temperature": 3.0}]:
             sampling = Sampling(**settings)
             expected = sample_tokens(whole, sampling, vocab_size=vocab_size, tp=None, **keys)

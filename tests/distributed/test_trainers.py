@@ -16,6 +16,7 @@ import torch
 from megarlhf.config import ConfigError
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
+from megarlhf.evaluation import responses
 from megarlhf.evaluation.responses import Purpose, ResponseJudge, generate
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
@@ -215,6 +216,32 @@ def check_folders(folder, runs):
     assert "changed since then: ppo.iterations 2 -> 3" in printed and "changed since then: ppo.clip 0.2 -> 0.5" in printed
     assert "changed since then: run.eval_every 0 -> 1" in printed
     assert [line["step"] for line in curves(runs / "ppo")] == [1, 2, 3]
+
+    lines, grown = (folder / "prompts.jsonl").read_text().splitlines(), runs / "grown.jsonl"
+    added = [json.dumps({"prompt": f"what of {i}?"}) for i in range(5)]
+    for text, allowed, expected in (
+        ([*lines, *added], "false", "data.prompts: 5 prompts were added behind those that the run in .* set data.prompts_may_grow: true"),
+        ([*lines[1:], *added, lines[0]], "true", "data.prompts is not what the run in .* began with: its content has changed"),
+        (lines[:-1], "true", "data.prompts is not what the run in .* began with: its content has changed"),
+    ):
+        grown.write_text("\n".join(text) + "\n")
+        _, refused = said_by(yaml, [at, f"data.prompts={grown}", f"data.prompts_may_grow={allowed}", "ppo.iterations=4", "ppo.clip=0.5"])
+        assert refused is not None and re.search(expected, refused), refused
+    grown.write_text("\n".join([*lines, *added]) + "\n")
+    for iterations in (4, 5):  # the second goes on with the prompts that there are by then, in the same epoch
+        more = [f"data.prompts={grown}", "data.prompts_may_grow=true", f"ppo.iterations={iterations}", "ppo.clip=0.5"]
+        printed, refused = said_by(yaml, [at, *more])
+        assert refused is None, refused
+        said = f"5 prompts were added; a new epoch over all {len(lines) + 5} begins"
+        assert (said in printed) == (iterations == 4)
+    order = ShuffledOrder(len(lines) + 5, seed=1)
+    order.take((len(lines) + 5) * -(-3 * 8 // len(lines)))
+    samples = lines_of(runs / "ppo" / "samples.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in grown.read_text().splitlines()]
+    for step in (4, 5):
+        batch = [prompts[i] for i in order.take(8)]
+        asked = [sample["prompt"] for sample in samples if sample["step"] == step]
+        assert asked and asked == batch[: len(asked)]
 
 
 def test_what_a_start_in_a_used_folder_does(recipe, ranks1, tmp_path):
@@ -426,7 +453,8 @@ def check_purposes(folder, runs):
     assert seeds == [by_purpose["ppo rollouts"], by_purpose["ppo validation"]]
     stage = run_stage_of(folder / "sft.yaml", [f"run.dir={runs / 'sft'}"], stop_before=0)
     found = [stage.judge.purpose, stage.judge.seed]
-    with mock.patch.object(ResponseJudge, "judge", lambda judge: found.append(judge.purpose) or _enough()):
+    judging = mock.patch.object(ResponseJudge, "judge", lambda judge: found.append(judge.purpose) or _enough())
+    with judging, mock.patch.object(responses, "generate", lambda *args, **how: found.append(how["purpose"]) or _enough()):
         for name in ("generate", "evaluate"):
             with contextlib.suppress(Interrupted):
                 run_stage_of(folder / f"{name}.yaml", [f"run.dir={runs / name}"])
@@ -586,8 +614,12 @@ def check_answers(folder, runs):
     for stage in ("generate", "evaluate"):
         at, ids = [f"run.dir={runs / stage}"], f"prompts={runs}/ids.jsonl"
         for name, overrides in {
-            "first": [], "again": ["model.micro_batch_size=3"], "prompts": [f"prompts={runs}/others.jsonl"],
-            "ids": [f"prompts={runs}/renamed.jsonl"], "model": [f"model.load={folder}/runs/sft"], "sampling": ["sampling.temperature=0.5"],
+            "first": [],
+            "again": ["model.micro_batch_size=3"],
+            "prompts": [f"prompts={runs}/others.jsonl"],
+            "ids": [f"prompts={runs}/renamed.jsonl"],
+            "model": [f"model.load={folder}/runs/sft"],
+            "sampling": ["sampling.temperature=0.5"],
         }.items():
             given = any(override.startswith("prompts=") for override in overrides)
             said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides, *([] if given else [ids])])[1]

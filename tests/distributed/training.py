@@ -53,10 +53,10 @@ ADAM = AdamSettings(eps=1e-4, weight_decay=0.1)  # eps well above rounding: a ke
 LEARNING_RATE = 3e-3
 
 
-def build(name, groups, *, micro_batch_size=4, adam=ADAM, seed=1, offload=(), **changes):
+def build(name, groups, *, micro_batch_size=4, adam=ADAM, seed=1, offload=(), overlap=False, **changes):
     """A trained engine of one of SPECS."""
     spec = dataclasses.replace(SPECS[name], **changes)
-    engine = TrainEngine(spec, groups, micro_batch_size=micro_batch_size, adam=adam, seed=seed, offload=offload)
+    engine = TrainEngine(spec, groups, micro_batch_size=micro_batch_size, adam=adam, seed=seed, offload=offload, overlap=overlap)
     fill(engine, seed=seed)
     return engine
 

@@ -1,5 +1,6 @@
 """The same code on a CUDA device: run where there is one, skipped elsewhere."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -110,6 +111,24 @@ def test_log_probabilities_in_chunks_are_the_dense_ones(world, dtype, chunk_rows
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
     for grad, right in zip(grads, torch.autograd.grad(expected.sum(), dense), strict=True):
         torch.testing.assert_close(grad.double(), right, rtol=2e-2, atol=2e-2)
+
+
+def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(world):
+    spec, batch = ModelSpec(architecture=ARCHITECTURE, head="lm", precision="bf16"), texts()
+    for size in (8, 1):
+        engine = filled(TrainEngine(spec, world.groups(world.layout()), micro_batch_size=size, adam=AdamSettings(), seed=1))
+        step = lambda engine=engine: engine.step([Term("text", LanguageModelLoss(), batch)], learning_rate=1e-3)  # noqa: E731
+        step()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in seen if "synchronizing CUDA operation" in str(warning.message)]
+        assert len(waits) == 1, waits
 
 
 EVERYTHING = ("weights", "gradients", "optimizer", "average")

@@ -131,7 +131,7 @@ after=$(num_steps requeued)
 grep -q "it goes into the queue again" "$folder/requeued.log"
 [ "$before" -lt "$after" ]
 echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
-job=$(gpus=0 submit lost 40) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
+job=$(gpus=0 submit lost 40 run.save_every=2) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
 wait_for 120 "the first steps" has_steps lost 5
 for pid in $(grep -lsz "^SLURMD_NODENAME=n2" /proc/[0-9]*/environ | cut -d / -f 3) "$second"; do kill -KILL "$pid" || true; done
 wait_for 60 "the lost node to be down" sh -c "sinfo --noheader --nodes=n2 --format=%t | grep -q down"
@@ -139,6 +139,7 @@ lost=$(num_steps lost)
 start slurmd2 slurmd -D -N n2
 ends COMPLETED 0:0 1 "$job" lost
 grep -q "a node of it does not answer; it goes into the queue again" "$folder/lost.log"
+grep -q "going on from .*/step_" "$folder/lost.log"
 [ "$lost" -lt "$(num_steps lost)" ]
 echo "tests/slurm: a node lost after step $lost, requeued, to the end when it is back: passed, $(num_steps lost) steps"
 good=yes

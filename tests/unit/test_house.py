@@ -27,7 +27,7 @@ ROOMS = (
     ("evaluation",),
     ("runs",),
     ("trainers", "conversion", "preparation"),
-    ("planning", "doctor", "report"),
+    ("planning", "doctor", "report", "chat"),
     ("failures", "api"),
     ("cli",),
     ("__main__",),

@@ -1,5 +1,6 @@
 """Layouts: every rank has one place, groups partition the ranks, stages partition the layers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -48,6 +49,18 @@ def test_peers_partition_the_ranks_and_differ_along_their_axes_only(layout, axes
         assert len(ranks) == size and ranks == sorted(ranks)
         for axis in {"tp", "dp", "pp"} - set(axes.split(",")):
             assert len({getattr(layout.coordinates(rank), axis) for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("first_rank", [2, 5])
+def test_a_layout_over_later_ranks_is_the_same_further_on(first_rank):
+    for layout in (*LAYOUTS, *STRIDED):
+        later = dataclasses.replace(layout, first_rank=first_rank)
+        assert list(later.ranks) == [rank + first_rank for rank in layout.ranks]
+        for rank, earlier in zip(later.ranks, layout.ranks, strict=True):
+            place = later.coordinates(rank)
+            assert place == layout.coordinates(earlier) and later.rank(tp=place.tp, dp=place.dp, pp=place.pp) == rank
+        assert later.peers("tp,pp") == [[rank + first_rank for rank in ranks] for ranks in layout.peers("tp,pp")]
+        assert str(later) == f"{layout} from rank {first_rank} on"
 
 
 def test_activations_and_gradients_meet_between_two_stages_of_several_chunks():

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from megarlhf.config import load_stage_config
 from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
-from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.models.parameters import shards_held
+from megarlhf.parallel.layout import Coordinates, ParallelLayout
 from megarlhf.planning import command, search
 from megarlhf.planning.dry_run import Part
 from megarlhf.planning.estimate import part_seconds, seconds_of
@@ -32,6 +33,7 @@ from megarlhf.planning.work import forward_flops, work_of
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "175b" / "ppo.yaml"
+GPT3 = make_architecture("gpt3-125m", vocab_size=50257)
 H100 = GPUS["h100-80gb"]
 CLUSTER = Cluster(gpu=H100, nodes=2, gpus_per_node=8, inside=H100.inside, between=H100.between)
 ONE_GPU = dataclasses.replace(CLUSTER, nodes=1, gpus_per_node=1)
@@ -130,7 +132,31 @@ def test_what_the_command_line_refuses(capsys):
     with mock.patch.object(command.importlib.util, "find_spec", lambda name: None):
         assert "--png needs matplotlib" in said("--config", str(PPO), "--png", "plan.png")
     assert "is no layout" in said("reshard", "--from", "8x8", "--to", "tp8", "--preset", "gpt3-175b")
+    assert "is no layout" in said("reshard", "--from", "tp8", "--to", "tp8@x", "--preset", "gpt3-175b")
     assert "does not divide" in said("reshard", "--from", "tp2pp2", "--to", "tp8", "--preset", "gpt3-125m")
+    assert "must be above 0" in said("reshard", "--from", "tp2", "--to", "tp1", "--preset", "gpt3-125m", "--gpus-per-node", "0")
+
+
+def test_a_reshard_at_1024_ranks_is_planned_by_arithmetic(capsys):
+    assert command.main(["reshard", "--from", "tp8pp8dp16", "--to", "tp8pp1", "--preset", "gpt3-175b"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "tp8 pp8 dp16 -> tp8 pp1 dp128, 175 B parameters in bf16",
+        "GB per rank received: least 38.06, mean 38.22, most 38.27",  # 7 / 8 of 43.7
+        "busiest link: rank 0 to other nodes, 38.88 GB",
+        "(the target's 43.71 GB but for 5.44 GB in place, and at most two buckets of 0.27 GB)",
+        "about 0.97 s on 128 x 8 h100-80gb",
+    ):
+        assert line in said
+
+
+def test_a_reshard_onto_other_ranks(capsys):
+    assert command.main(["reshard", "--from", "tp2pp2", "--to", "tp2dp1@4", "--preset", "gpt3-125m", "--gpus-per-node", "4"]) == 0
+    said = capsys.readouterr().out
+    half = 2 * sum(math.prod(shard.shape) for shard in shards_held(GPT3, "lm", ParallelLayout(tp=2), Coordinates(0, 0, 0)).values())
+    assert said.startswith("tp2 pp2 dp1 -> tp2 pp1 dp1 from rank 4 on") and "on 2 x 4 h100-80gb" in said
+    assert f"rank 4: bytes kept 0, sent 0, received {half:,}\n" in said
+    assert f"the target's {half / 1e9:.2f} GB but for 0.00 GB in place" in said
 
 
 def test_traffic_of_a_publishing_covers_the_target():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megarlhf.generation import sampling
-from megarlhf.generation.sampling import Sampling, gumbel_noise, noise_bits, sample_tokens
+from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, noise_bits, sample_tokens
 
-VOCAB, PADDED = 12, 16
+VOCAB, PADDED = 20, 32  # two families
 ROWS = 40000
 EULER = 0.5772156649015329
 SETTINGS = [
@@ -79,14 +79,33 @@ def test_frequencies_are_the_distributions(key, settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_token_is_the_best_of_what_is_kept_with_its_noise(settings):
+def test_a_token_is_the_best_of_its_family_and_that_the_best_of_all_with_their_noise(settings):
     values = logits(60)
     samples, positions = torch.arange(60) % 9, torch.arange(60) // 9
     tokens = sample(values, samples=samples, positions=positions, seed=3, iteration=2, **settings)
     noise = gumbel_noise(3, 2, samples, positions, torch.arange(PADDED))
+    of_families = gumbel_noise(3, 2, samples, positions, -1 - torch.arange(PADDED // FAMILY))
+    families = set()
     for row in range(60):
         kept = naive_scores(values[row], **settings)
-        assert tokens[row] == max(kept, key=lambda token: kept[token] + float(noise[row, token]))
+        whole = {}
+        for token, score in kept.items():
+            whole[token // FAMILY] = whole.get(token // FAMILY, 0.0) + math.exp(score)
+        family = max(whole, key=lambda one: math.log(whole[one]) + float(of_families[row, one]))
+        families.add(family)
+        members = [token for token in kept if token // FAMILY == family]
+        assert tokens[row] == max(members, key=lambda token: kept[token] + float(noise[row, token]))
+    assert families == {0, 1}
+
+
+def test_a_family_without_weight_beside_another_loses_in_silence():
+    values = torch.full((50, PADDED), -1e4)
+    values[::2, 3] = 1e4
+    values[1::2, 17] = 1e4
+    tokens, logprobs = sample_tokens(
+        values, Sampling(), vocab_size=VOCAB, tp=None, seed=1, iteration=0, samples=torch.arange(50), positions=torch.arange(50)
+    )
+    assert tokens.tolist() == [3, 17] * 25 and not logprobs.any()
 
 
 def test_limits_of_the_settings():

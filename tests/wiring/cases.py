@@ -3,6 +3,7 @@
 from megarlhf.config.packages import has_dali
 from tests.wiring.case import Case
 from tests.wiring.sections import (
+    GONE,
     frozen_cases,
     limits_cases,
     loaded_cases,
@@ -30,10 +31,15 @@ def pretraining_data_cases(key, *, text):
         Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*"),
         Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains),
         Case(f"{key}.valid_rows=2", held_out, may="passes/*"),
-        Case(f"{key}.blend=[{{prefix: {R}/corpus, weight: 1.0}}, {{prefix: {R}/rows, weight: 3.0}}] {key}.prefix=null",
-             f"{tokens} metrics/text/rows_row_share fingerprints/{key}.blend*", may=f"{trains} said/{R}/rows"),
+        Case(
+            f"{key}.blend=[{{prefix: {R}/corpus, weight: 1.0}}, {{prefix: {R}/rows, weight: 3.0}}] {key}.prefix=null",
+            f"{tokens} metrics/text/rows_row_share fingerprints/{key}.blend*",
+            may=f"{trains} said/{R}/rows",
+        ),
         # the batches are the same, bit for bit
-        Case(f"{key}.loader=dali", "") if has_dali() else refused(f"{key}.loader=dali", f"{key}.loader: dali needs NVIDIA DALI, which is not installed"),
+        Case(f"{key}.loader=dali", "")
+        if has_dali()
+        else refused(f"{key}.loader=dali", f"{key}.loader: dali needs NVIDIA DALI, which is not installed"),
     ]
 
 
@@ -147,7 +153,9 @@ PPO_STEPS = (
     "metrics/policy/learning_rate metrics/value/learning_rate steps/policy/policy/rows steps/policy/policy/objective "
     "steps/policy/ptx/rows steps/policy/ptx/objective steps/value/value/rows steps/value/value/objective"
 )
-PTX_GONE = "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
+PTX_GONE = (
+    "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
+)
 UNEVEN = "run.seed=3 generation.sampling.max_new_tokens=24"  # some responses end early
 LETTERS = f"[{{function: '{R}/words.py:letters'}}]"
 GROUPS = "value=null ppo.advantages=grpo ppo.samples_per_prompt=4"
@@ -181,6 +189,8 @@ PPO = [
     *frozen_cases("reference", other="deep", moved=f"{KL} {RETURNS}"),
     *offload_cases("reference", weights="weights"),
     Case(f"data.prompts={R}/other_prompts.jsonl", "samples/prompt fingerprints/data.prompts cursors/order/num_items", may=f"* {DATA_NOTES}"),
+    Case("data.prompts_may_grow=True", "exit refused", may=f"* {GONE} {DATA_NOTES}", base=f"ppo.iterations=2 data.prompts={R}/more_prompts.jsonl",
+         prepare="fewer prompts", exact={"exit": 0}),
     Case(f"data.prompts_valid={R}/other_prompts.jsonl", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
          may=f"metrics/valid/kl metrics/valid/response_len metrics/valid/finished_fraction passes/* answers/* {DATA_NOTES}"),
     Case("data.prompts_valid=null", "metrics/valid/reward_mean fingerprints/data.prompts_valid",
@@ -230,6 +240,8 @@ PPO = [
          exact={"steps/policy/ptx/rows": (16,)}),
     Case("ppo.unfinished_penalty=-3.0", SCORES, may=RETURNS, exact={"metrics/rollout/reward_mean": (-3.0,)}),
     Case("ppo.recompute_logprobs=false", "metrics/rollout/generator_logprob_gap passes/policy", rounding=f"* {KL} {RETURNS} samples/*"),
+    Case("generation.max_logprob_gap=1e-30", "exit refused", may=f"* {GONE}", exact={"exit": 1},
+         says="and generation.max_logprob_gap is 1e-30: these responses are not the policy's"),
     Case("ppo.warmup_iterations=5", "steps/policy/rate steps/value/rate", may=f"* said/megarlhf_ppo {PPO_STEPS}", base="ppo.iterations=3"),
     Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
     Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
@@ -280,7 +292,7 @@ DPO = [
 
 IDLE = [
     "run.save_every=3", "run.save_minutes=3.0", "run.stop_after_minutes=3.0", "run.keep_checkpoints=3", "run.keep_every=3", "run.save_in_background=False",
-    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3",
+    "run.resume=newest_good", "run.max_skipped_steps=3", "run.alert_deviations=3.0", "run.alert_window=3", "run.eval_every=3", "run.profile_step=3",
 ]  # fmt: skip
 
 
@@ -302,6 +314,11 @@ GENERATE = [
     *frozen_cases("model", other="deep", moved="responses/* inputs/model/* stdout said/*", passes=False),
     Case("model.micro_batch_size=2", "said/megarlhf_generate"),
     Case("model.micro_batch_tokens=40", "said/megarlhf_generate"),
+    Case(
+        "samples_per_prompt=2",
+        "responses/sample responses/response inputs/samples_per_prompt answers/cache",
+        may="responses/* stdout said/*",
+    ),
     Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts", may="* inputs/* said/*"),
     *limits_cases(responses=False, file="prompts"),
     Case("limits.max_response_len=30", "said/megarlhf_generate"),
@@ -309,26 +326,62 @@ GENERATE = [
 ]
 
 ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
-RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
+RANKED = (
+    "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
+)
 ONLY = "prompts=null reference=null demonstrations=null rankings=null text=null"
 WON = f"win_rate.responses={R}/answers_a.jsonl win_rate.against={R}/answers_b.jsonl win_rate.labels={R}/labels.jsonl"
 RATED = "evaluation/win_rate/* stdout said/* fingerprints/* files passes/*"
 EVALUATE = [
     *answering_run_cases("evaluate", sampled="responses/response evaluation/valid/reward_mean"),
     *tokenizer_cases(loads="model"),
-    *frozen_cases("model", other="deep", moved=f"responses/* inputs/model/* {ANSWERED} evaluation/valid/text_loss evaluation/valid/loss stdout passes/*"),
-    *frozen_cases("reward", other="reward2", moved=f"responses/reward evaluation/valid/reward_mean {RANKED} evaluation/valid/* stdout", average=False),
-    Case("reward=null", "responses/reward evaluation/valid/reward_mean engine/reward/initial", may="engine/reward/* said/reward passes/reward stdout", base="rankings=null"),
+    *frozen_cases(
+        "model",
+        other="deep",
+        moved=f"responses/* inputs/model/* {ANSWERED} evaluation/valid/text_loss evaluation/valid/loss stdout passes/*",
+    ),
+    *frozen_cases(
+        "reward", other="reward2", moved=f"responses/reward evaluation/valid/reward_mean {RANKED} evaluation/valid/* stdout", average=False
+    ),
+    Case(
+        "reward=null",
+        "responses/reward evaluation/valid/reward_mean engine/reward/initial",
+        may="engine/reward/* said/reward passes/reward stdout",
+        base="rankings=null",
+    ),
     *frozen_cases("reference", other="deep", moved="responses/kl evaluation/valid/kl stdout"),
-    Case("reference=null", "responses/kl evaluation/valid/kl engine/reference/initial", may="engine/reference/* said/reference passes/* stdout"),
-    Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts evaluation/valid/reward_mean", may=f"responses/* {ANSWERED} inputs/* stdout answers/* passes/* {DATA_NOTES}"),
-    Case("prompts=null", "responses/prompt", may=f"responses/* {ANSWERED} inputs/* files stdout answers/* passes/* {DATA_NOTES}", base="reference=null"),
+    Case(
+        "reference=null",
+        "responses/kl evaluation/valid/kl engine/reference/initial",
+        may="engine/reference/* said/reference passes/* stdout",
+    ),
+    Case(
+        f"prompts={R}/other_prompts.jsonl",
+        "responses/prompt inputs/prompts evaluation/valid/reward_mean",
+        may=f"responses/* {ANSWERED} inputs/* stdout answers/* passes/* {DATA_NOTES}",
+    ),
+    Case(
+        "prompts=null",
+        "responses/prompt",
+        may=f"responses/* {ANSWERED} inputs/* files stdout answers/* passes/* {DATA_NOTES}",
+        base="reference=null",
+    ),
     Case(f"demonstrations={R}/other_demonstrations.jsonl", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
     Case("demonstrations=null", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
     Case(f"rankings={R}/other_rankings.jsonl", RANKED, may=f"evaluation/valid/accuracy_by_prompt_* stdout passes/* {DATA_NOTES}"),
     Case("rankings=null", RANKED, may=f"evaluation/valid/accuracy_by_prompt_* files stdout passes/* {DATA_NOTES}"),
-    Case(f"tasks=[{R}/other_task.jsonl]", "evaluation/tasks/*", may="stdout said/* fingerprints/* passes/model", base=f"{ONLY} reward=null shots=0 tasks=[{R}/task.jsonl]"),
-    Case("shots=0", "passes/model", may="evaluation/tasks/* stdout said/* fingerprints/*", base=f"{ONLY} reward=null shots=2 tasks=[{R}/task.jsonl]"),
+    Case(
+        f"tasks=[{R}/other_task.jsonl]",
+        "evaluation/tasks/*",
+        may="stdout said/* fingerprints/* passes/model",
+        base=f"{ONLY} reward=null shots=0 tasks=[{R}/task.jsonl]",
+    ),
+    Case(
+        "shots=0",
+        "passes/model",
+        may="evaluation/tasks/* stdout said/* fingerprints/*",
+        base=f"{ONLY} reward=null shots=2 tasks=[{R}/task.jsonl]",
+    ),
     Case(f"win_rate.responses={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
     Case(f"win_rate.against={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
     Case(f"win_rate.labels={R}/other_labels.jsonl", "evaluation/win_rate/by_labels", may=f"{RATED}", base=f"{ONLY} {WON}"),

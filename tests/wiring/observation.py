@@ -10,8 +10,8 @@
 
 and, because no file tells, seen in the program itself as it runs:
 
-    engine/<role>/<what>     how a model was built: precision, recompute, dropout, layout; its weights before the first step; what of it has
-                             no memory while responses are sampled
+    engine/<role>/<what>     how a model was built: precision, recompute, dropout, overlap, layout; its weights before the first step; what
+                             of it has no memory while responses are sampled
     passes/<role>            [rows, width] of every micro-batch of every pass
     steps/<role>/<term>/...  of every optimizer step: rows, tokens, weight and loss of each term; steps/<role>/rate
     answers/...              [rows, width] of every batch of prompts that were answered, and in what layout for what purpose
@@ -227,6 +227,7 @@ def _facts(engine):
         "precision": str(next(iter(parameters.values())).dtype),
         "recompute": str(config.recompute_granularity),
         "dropout": config.hidden_dropout,
+        "overlap": getattr(engine, "optimizer", None) is not None and engine.optimizer.overlap,
         "layout": str(engine.groups.layout),
         "initial": digest.hexdigest(),
     }

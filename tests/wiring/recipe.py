@@ -31,6 +31,7 @@ def make_wiring_data(folder):
     write_corpus(folder / "rows", text, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     good = [{"prompt": f"word {i}?\n", "response": "it is", "chosen": "a", "rejected": "b"} for i in range(30)]
     write_lines(folder / "broken.jsonl", [*good, {"prompt": 7}])
+    (folder / "more_prompts.jsonl").write_text((folder / "prompts.jsonl").read_text() + '{"prompt": "one more?"}\n')
     (folder / "words.py").write_text(WORDS)
     for name, records in OTHER.items():
         write_lines(folder / f"{name}.jsonl", records)

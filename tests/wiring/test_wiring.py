@@ -4,6 +4,8 @@ The cases are in `cases` and `sections`, what is seen of a run in `observation`,
 """
 
 import fnmatch
+import gzip
+import json
 import re
 import shutil
 from unittest import mock
@@ -87,7 +89,12 @@ def end_with_damage(words, run):
     part.write_bytes(content[:-1] + bytes([content[-1] ^ 0x40]))
 
 
-PREPARED = {"a damaged newest": end_with_damage}
+def end_with_fewer_prompts(words, run):
+    """A run that is done, of fewer iterations and with the recipe's own prompts."""
+    assert cli.main([word for word in words if not word.startswith(("ppo.iterations=", "data.prompts="))]) == 0
+
+
+PREPARED = {"a damaged newest": end_with_damage, "fewer prompts": end_with_fewer_prompts}
 """What is done with a run's folder before it is observed, with the base's command line."""
 
 
@@ -125,6 +132,19 @@ def test_every_reason_is_needed():
 def test_a_run_without_changes_is_the_same_twice(observed, command):
     assert observed(command)["exit"] == 0
     assert observation.differing(observed(command), observed(command, anew=True)) == set()
+
+
+def test_a_profile_is_a_trace_with_the_names_of_the_phases(recipe, tmp_path):
+    assert cli.main(["ppo", "--config", f"{recipe}/ppo.yaml", f"run.dir={tmp_path / 'run'}", "run.profile_step=1"]) == 0
+    (path,) = (tmp_path / "run" / "profiles").iterdir()
+    assert path.name == "step_00000001_rank_00000.json.gz"
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    spans = {event["name"]: event for event in events if event.get("ph") == "X"}
+    phases = ["reshard", "generate", "score", "update"]
+    assert {*phases, "forward and backward", "optimizer step", "aten::addmm"} <= spans.keys()
+    starts = [spans[phase]["ts"] for phase in phases]
+    assert starts == sorted(starts) and all(spans[phase]["dur"] > 0 for phase in phases)
 
 
 # Layouts

@@ -1,0 +1,113 @@
+"""The miniature's stages, one after the other in one process; a stage that is done is passed over, an interrupted one goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import figures
+from label import label
+from make_data import read_lines, write_data
+from results import Results, tables
+from stages import SMOKE, Form, Stage, of_hours, stages
+
+import megarlhf
+from megarlhf.report.command import main as report
+
+HERE = Path(__file__).resolve().parent
+DONE = "stages.jsonl"
+"""A line for each finished stage: its name, and the seconds that it took."""
+
+
+def run_stage(stage: Stage) -> None:
+    """Run one stage to its end."""
+    if stage.command == "label":
+        words = dict(word.split("=") for word in stage.overrides)
+        label(Path(words["answers"]), Path(stage.name), before=Path(words["before"]) if "before" in words else None)
+        return
+    words = [*stage.overrides, f"run.dir={stage.name}"]
+    getattr(megarlhf, stage.command)(megarlhf.load(stage.command, HERE / f"{stage.command}.yaml", words))
+
+
+def selected(table: Sequence[Stage], only: str | None) -> list[Stage]:
+    """The stages whose names begin with `only`, and all that these need; without it all."""
+    wanted: list[Stage] = []
+    for stage in reversed(table):
+        if only is None or stage.name.startswith(only) or any(other.needs(stage) for other in wanted):
+            wanted.insert(0, stage)
+    return wanted
+
+
+def hours(minutes: float) -> str:
+    """As "2 h 05 min" or "3 min"."""
+    whole = max(1, round(minutes))
+    return f"{whole // 60} h {whole % 60:02} min" if whole >= 60 else f"{whole} min"
+
+
+def run_all(table: Sequence[Stage]) -> None:
+    """Run what is left, saying before each stage what it is and how long it and all the rest will take.
+
+    The guess is the table's minutes, times what the stages that are done have taken in proportion to theirs.
+    """
+    record = Path(DONE)
+    done = {line["name"]: line["seconds"] for line in read_lines(record)} if record.exists() else {}
+    for number, stage in enumerate(table, start=1):
+        if stage.name in done:
+            continue
+        expected = sum(other.minutes for other in table if other.name in done)
+        pace = sum(done[other.name] for other in table if other.name in done) / 60 / expected if expected else 1.0
+        left = pace * sum(other.minutes for other in table if other.name not in done)
+        print(f"== {number} of {len(table)}: {stage.command} {stage.name}, {hours(pace * stage.minutes)} of {hours(left)}", flush=True)
+        started = time.monotonic()
+        run_stage(stage)
+        done[stage.name] = time.monotonic() - started
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": stage.name, "seconds": round(done[stage.name], 1)}) + "\n")
+
+
+def begun(args: argparse.Namespace) -> dict:
+    """What was asked for when the folder was begun, which is what it goes on with."""
+    path, asked = Path("asked.json"), {"smoke": args.smoke, "hours": args.hours, "sizes": args.sizes}
+    if not path.exists():
+        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != asked and (args.smoke or args.hours or args.sizes):
+        raise SystemExit(f"{args.runs} was begun with {before}: leave these out to go on with it, or name other --runs")
+    return before
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the miniature, or what is left of it."""
+    parser = argparse.ArgumentParser(prog="run.sh", description="InstructGPT in miniature.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="the folder of everything (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage of tiny models")
+    parser.add_argument("--hours", type=float, help="scale the steps so that it takes so long on one core")
+    parser.add_argument("--sizes", nargs="+", choices=["small", "middle", "large"], help="which sizes (default: all three)")
+    parser.add_argument("--only", metavar="NAME", help="stages whose folders begin so, and what they need: sweeps/ptx_coef, small")
+    args = parser.parse_args(argv)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    os.chdir(args.runs)
+    asked, data = begun(args), Path("data")
+    sizes = asked["sizes"] or ["small", "middle", "large"]
+    form = SMOKE if asked["smoke"] else Form()
+    if asked["hours"]:
+        form = of_hours(sizes, asked["hours"])
+    if not (data / "corpus.idx").exists():
+        print("== data", flush=True)
+        write_data(data, documents=form.documents, users=form.users, heldout=form.heldout)
+    table = selected(stages(sizes, form), args.only)
+    run_all(table)
+    found = Results(Path(), sizes)
+    text = tables(found)
+    Path("tables.md").write_text(text, encoding="utf-8")
+    print(text, *figures.draw(found, Path("figures")), sep="\n")
+    report([*(stage.name for stage in table if stage.command != "label"), "--to", "report.html"])
+    print(f"== miniature: done; everything is in {args.runs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The miniature as a table: every stage with its folder, its command and what it changes in the command's YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from labelling import GROUPS
+
+SYSTEMS = ("base", "prompted", "task_mix", "sft", "ppo", "ppo_ptx")
+PTX, KL, RATES = ("0.1", "0.3", "1.0", "4.0"), ("0.002", "0.1", "0.5", "2.0"), ("3e-5", "1e-4", "1e-3")
+"""Points of the sweeps (Figures 33, 34, 38) beside those of ppo.yaml, which are the smallest size's ppo and ppo_ptx."""
+SWEEPS = {
+    "ptx_coef": "Figure 33",
+    "kl_coef": "Figure 34: without ptx",
+    "learning_rate": "Figure 38",
+    "learning_rate_without_ptx": "Figure 38: without ptx",
+}
+CURVES = {
+    "one epoch, a prompt's pairs together": "round_1/reward",
+    "four epochs": "sweeps/reward/epochs_4",
+    "pairs shuffled": "sweeps/reward/pairs_shuffled",
+}
+"""How a reward model is trained, and where."""
+HEAVIER = {"small": 1, "middle": 4, "large": 20}
+"""Seconds that a token takes, in those of the smallest size; measured on a CPU."""
+
+
+STEPS = ("pretrain_steps", "sft_epochs", "iterations")
+"""What of a form makes it longer."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of everything."""
+
+    shapes: dict[str, tuple[int, int, int]] = field(
+        default_factory=lambda: {"small": (3, 112, 4), "middle": (6, 192, 6), "large": (9, 384, 6)}
+    )
+    """Layers, width and heads of each size: 0.5, 2.8 and 16 million parameters."""
+    documents: int = 20000
+    users: int = 700  # of five prompts each
+    heldout: int = 600
+    pretrain_steps: int = 1000
+    sft_epochs: int = 8
+    iterations: int = 60
+    points: int = 4
+    """Most points of a sweep."""
+    short: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further overrides of a command, which make it shorter."""
+
+    def scaled(self, factor: float) -> Form:
+        """With `factor` times the steps; data and models stay."""
+        return replace(self, **{name: max(2, round(getattr(self, name) * factor)) for name in STEPS})
+
+
+SMOKE = Form(
+    shapes={"small": (2, 32, 4), "middle": (2, 48, 4), "large": (2, 64, 4)},
+    documents=300,
+    users=90,
+    heldout=24,
+    pretrain_steps=6,
+    sft_epochs=2,
+    iterations=1,
+    points=1,
+    short={
+        "pretrain": ("batch_size=8",),
+        "sft": ("batch_size=32", "run.eval_every=1"),
+        "reward": ("batch_size=32",),
+        "ppo": ("ppo.batch_size=16", "ppo.minibatch_size=16"),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step; what it left lies in its folder."""
+
+    name: str
+    """Its folder, seen from that of everything, as all paths here and in the YAML files are."""
+    command: str
+    """Of megarlhf, or "label"."""
+    overrides: tuple[str, ...]
+    minutes: float
+    """What it takes on one core; measured."""
+
+    def shortened(self, form: Form) -> Stage:
+        """With what the form says of the command; of a key that is there twice, the last one counts."""
+        words = (*self.overrides, *form.short.get(self.command, ()))
+        return replace(self, overrides=tuple({word.partition("=")[0]: word for word in words}.values()))
+
+    def needs(self, other: Stage) -> bool:
+        """Whether it reads what `other` left."""
+        return any(f"{word}/".partition("=")[2].startswith(f"{other.name}/") for word in self.overrides)
+
+
+def stages(sizes: Sequence[str], form: Form) -> list[Stage]:
+    """Everything in the order in which it is run: the reward model first, then size by size, the sweeps after the smallest."""
+    judge = "middle" if "middle" in sizes else sizes[0]  # the size of the reward model (Appendix C.2)
+    table = [_base(size, form) for size in dict.fromkeys([judge, *sizes])]
+    table.append(Stage(f"{judge}/ppo_init", "sft", (f"model.load={judge}/base",), 0.3 * HEAVIER[judge]))
+    table += _round(1, judge, f"{judge}/ppo_init")
+    for size in sizes:
+        table += _systems(size, form) + (_sweeps(size, form) if size == sizes[0] else [])
+        if size == judge:
+            table += _round(2, judge, f"{judge}/ppo_ptx")
+            table.append(_ppo(size, "ppo_ptx_2", form, round=2))
+            table.append(_answers(size, f"{size}/answers/ppo_ptx_2", f"{size}/ppo_ptx_2"))
+    return [stage.shortened(form) for stage in {stage.name: stage for stage in table}.values()]
+
+
+def of_hours(sizes: Sequence[str], hours: float) -> Form:
+    """The standard form with as many steps as fit into some hours on one core; comparisons, reward models and answers take theirs."""
+    minutes, fixed = (sum(stage.minutes for stage in stages(sizes, form)) for form in (Form(), replace(Form(), **dict.fromkeys(STEPS, 0))))
+    if 60 * hours <= fixed:
+        raise ValueError(f"{hours:g} hours are too few: comparisons, reward models and answers alone take {fixed / 60:.1f}")
+    return Form().scaled((60 * hours - fixed) / (minutes - fixed))
+
+
+def _base(size: str, form: Form) -> Stage:
+    layers, width, heads = form.shapes[size]
+    shape = f"{{num_layers: {layers}, hidden_size: {width}, num_heads: {heads}, max_seq_len: 256, init_std: 0.04}}"
+    rate = {"small": "3e-3", "middle": "2e-3", "large": "1e-3"}[size]
+    words = (
+        f"model.architecture={shape}",
+        f"model.adam.learning_rate={rate}",
+        f"steps={form.pretrain_steps}",
+        f"schedule.warmup_steps={min(20, form.pretrain_steps // 2)}",
+    )
+    return Stage(f"{size}/base", "pretrain", words, 6.3 * HEAVIER[size] * form.pretrain_steps / 1000)
+
+
+def _round(number: int, judge: str, policy: str) -> list[Stage]:
+    """Comparisons of a policy's answers, a reward model of them; in the first round also one without each group (section 4.1)."""
+    here, heavy = f"round_{number}", HEAVIER[judge]
+    before = (f"before=round_{number - 1}/labels",) if number > 1 else ()
+    judged = (f"model.load={judge}/ppo_init", f"data.valid={here}/labels/valid.jsonl")
+    table = [
+        Stage(f"{here}/answers", "generate", (f"model.load={policy}",), 1 * heavy),
+        Stage(f"{here}/labels", "label", (f"answers={here}/answers", *before), 0.3),
+    ]
+    trained = {"": "rankings"} | ({f"/without_{group}": f"without_{group}" for group in range(GROUPS)} if number == 1 else {})
+    for folder, rankings in trained.items():
+        data = f"data.train={here}/labels/{rankings}.jsonl"
+        table.append(Stage(f"{here}{folder}/reward", "reward", (data, *judged), 0.8 * heavy))
+        words = (
+            f"model.load={here}{folder}/reward",
+            f"rankings={here}/labels/valid.jsonl",
+            *("prompts=null", "tasks=[]", "text=null", "limits.max_prompt_len=96", "limits.max_response_len=128"),
+        )
+        table.append(Stage(f"{here}{folder}/accuracy", "evaluate", words, 0.1 * heavy))
+    if number == 1:
+        valid = (*judged, f"data.train={here}/labels/rankings.jsonl")
+        table.append(Stage("sweeps/reward/epochs_4", "reward", (*valid, "epochs=4"), 3 * heavy))
+        # As many comparisons a step as 8 prompts have.
+        pairs = (*judged, f"data.train={here}/labels/pairs.jsonl", "batch_size=88")
+        table.append(Stage("sweeps/reward/pairs_shuffled", "reward", pairs, 4 * heavy))
+    return table
+
+
+def _systems(size: str, form: Form) -> list[Stage]:
+    """What is compared at one size, and its answers to held-out users' prompts."""
+    base, heavy, epochs = f"model.load={size}/base", HEAVIER[size], HEAVIER[size] * form.sft_epochs / 8
+    chosen = ("select_by=reward", "reward.load=round_1/reward", "run.eval_every=16", f"epochs={form.sft_epochs}", "dropout=0.2")
+    mix = ("data.train=data/task_mix.jsonl", "data.valid=null")
+    table = [
+        Stage(f"{size}/ppo_init", "sft", (base,), 0.3 * heavy),
+        Stage(f"{size}/sft", "sft", (base, *chosen, "pretraining_mix=0"), 2 * epochs),
+        Stage(f"{size}/task_mix", "sft", (base, *mix, "pretraining_mix=0", f"epochs={form.sft_epochs}"), 1 * epochs),
+        _ppo(size, "ppo", form, "ppo.ptx_coef=0"),
+        _ppo(size, "ppo_ptx", form),
+    ]
+    for system in SYSTEMS:
+        prompted = ("prompts=data/prompts_valid_prompted.jsonl",) if system == "prompted" else ()
+        table.append(_answers(size, f"{size}/answers/{system}", f"{size}/{'base' if prompted else system}", *prompted))
+    return table
+
+
+def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage:
+    models = [f"{model}.load={size}/ppo_init" for model in ("policy", "reference")]
+    models += [f"{model}.load=round_{round}/reward" for model in ("value", "reward")]
+    folder = name if "/" in name else f"{size}/{name}"
+    steps = (f"ppo.iterations={form.iterations}", f"ppo.warmup_iterations={min(5, form.iterations // 2)}")
+    minutes = (2 if "ppo.ptx_coef=0" in words else 6) * HEAVIER[size] * form.iterations / 60
+    return Stage(folder, "ppo", (*models, *steps, *words), minutes)
+
+
+def _answers(size: str, name: str, model: str, *words: str) -> Stage:
+    return Stage(name, "evaluate", (f"model.load={model}", "reward.load=round_1/reward", *words), 0.5 * HEAVIER[size])
+
+
+def _sweeps(size: str, form: Form) -> list[Stage]:
+    """Sweeps of PPO at one size: pretraining coefficient, KL coefficient without ptx, learning rate with and without."""
+    points = {f"ptx_coef/{point}": (f"ppo.ptx_coef={point}",) for point in PTX[: form.points]}
+    points |= {f"kl_coef/{point}": ("ppo.ptx_coef=0", f"ppo.kl_coef={point}") for point in KL[: form.points]}
+    for rate in RATES[: form.points]:
+        points |= {f"learning_rate/{rate}": (f"policy.adam.learning_rate={rate}",)}
+        points |= {f"learning_rate/{rate}_without_ptx": (f"policy.adam.learning_rate={rate}", "ppo.ptx_coef=0")}
+    table = []
+    for point, words in points.items():
+        table.append(_ppo(size, f"sweeps/{point}", form, *words))
+        table.append(_answers(size, f"sweeps/answers/{point}", f"sweeps/{point}"))
+    return table

@@ -1,0 +1,1 @@
+"""`megarlhf chat`: a conversation with a model in a terminal."""
