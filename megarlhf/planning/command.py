@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from megarlhf.config import ConfigError
 from megarlhf.planning.hardware import GB, GPUS, RESERVED_BYTES, Cluster
 from megarlhf.storage.files import system_error
+
+if TYPE_CHECKING:
+    from megarlhf.planning.plan import Plan
 
 SUMMARY = "Plan a run: memory of every kind of rank in every phase, time, and whether it fits; exit status 1 where it does not."
 
@@ -41,13 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from megarlhf.planning.models import run_models
     from megarlhf.planning.plan import make_plan
-    from megarlhf.planning.report import as_json, as_text
 
+    if options.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--png needs matplotlib: pip install megarlhf[plan]")
     cluster = cluster_of(options)
     given = dict(_assignment(word) for word in options.architecture)
     if options.search:
         return _search(options, given, cluster)
-    plan = make_plan(run_models(options.config, options.overrides, given, cluster.num_ranks), cluster)
+    return _said(make_plan(run_models(options.config, options.overrides, given, cluster.num_ranks), cluster), options)
+
+
+def _said(plan: Plan, options: argparse.Namespace) -> int:
+    """Print a plan, and write it where the options say; returns the exit status."""
+    from megarlhf.planning.report import as_json, as_text
+
     print(as_text(plan), end="", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
@@ -61,7 +73,6 @@ def _plan(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluster) -> int:
     from megarlhf.planning.models import run_models
     from megarlhf.planning.plan import make_plan
-    from megarlhf.planning.report import as_json, as_text
     from megarlhf.planning.search import Estimator, search
     from megarlhf.planning.search import as_text as as_ranking
 
@@ -71,12 +82,10 @@ def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluste
     if not found.best:
         return 1
     best = found.best[0]
-    keys = best.choice.overrides(estimator.role)
-    plan = make_plan(run_models(options.config, [*options.overrides, *keys], given, cluster.num_ranks), cluster)
-    print(f"the first of them, dry-run: {' '.join(keys)}\n\n{as_text(plan)}", end="", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
-    return 0 if plan.fits else 1
+    keys = best.choice.overrides(estimator.models)
+    plan = make_plan(run_models(options.config, estimator.with_keys(keys), given, cluster.num_ranks), cluster)
+    print(f"the first of them, dry-run: {' '.join(keys)}\n", flush=True)
+    return _said(plan, options)
 
 
 def _reshard(options: argparse.Namespace) -> int:

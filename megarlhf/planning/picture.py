@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megarlhf.config import ConfigError
 from megarlhf.planning.dry_run import OF_PHASES, tags_by_kind
 from megarlhf.planning.estimate import TERMS
 from megarlhf.planning.holdings import KINDS
@@ -14,12 +13,10 @@ GB = 1e9
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture to `path`; its ending says in which form. ConfigError where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--png needs matplotlib: pip install megarlhf[plan]") from error
+    """Write the picture to `path`; its ending says in which form. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     memory, time = figure.subplots(1, 2)
@@ -52,4 +49,5 @@ def _stack(axes, bars: dict, kinds: list[str], unit: float) -> None:
         if any(heights):
             axes.bar(list(bars), heights, bottom=bottoms, label=kind)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.tick_params(axis="x", labelsize=8)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
