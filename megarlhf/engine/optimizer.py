@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megarlhf.models.parameters import flat_ranges_counted, shards_held
@@ -88,22 +89,7 @@ class Optimizer:
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            average_in_collective=False,
-            overlap_grad_reduce=overlap,
-            bucket_size=BUCKET_SIZE if overlap else None,
-        )
-        self.chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
-        for chunk in self.chunks:
-            _hook_weakly(chunk)
-        if overlap:
-            # Without it every micro-batch but the first step's would count as the one after which gradients may be sent.
-            no_sync = [chunk.no_sync for chunk in self.chunks]
-            transformers[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            # Only now: set before, megatron would wait for weights in hooks of modules, which heads that are functions never call.
-            ddp.overlap_param_gather = True
+        self.chunks = _wrapped(transformers, collection, overlap=overlap)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -271,6 +257,27 @@ class Optimizer:
         self.finish_gather()
         self.weights_version += 1
         self.megatron.reload_model_params()
+
+
+def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool) -> list[DistributedDataParallel]:
+    """The chunks in megatron's data-parallel wrappers."""
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        overlap_grad_reduce=overlap,
+        bucket_size=BUCKET_SIZE if overlap else None,
+    )
+    chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
+    for chunk in chunks:
+        _hook_weakly(chunk)
+    if overlap:
+        # Without it every micro-batch but the first step's would count as the one after which gradients may be sent.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformers[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        # Only now: set before, megatron would wait for weights in hooks of modules, which heads that are functions never call.
+        ddp.overlap_param_gather = True
+    return chunks
 
 
 def _hook_weakly(chunk: DistributedDataParallel) -> None:
