@@ -134,15 +134,15 @@ class Engine:
             return self._predictions(model, hidden, piece, positions, temperature)[0]
         if output == "logprobs and entropy":
             return self._predictions(model, hidden, piece, positions, temperature, entropy_too=True)
-        values = model.scalars(hidden)  # [tokens]
         starts = _starts(piece)
         if output == "scores":
             (last,) = upload([starts + piece.lengths - 1], hidden.device)
-            return values.index_select(0, last)
+            return model.scalars(hidden, last)
         rows, width = positions.shape
         row, column = positions.nonzero(as_tuple=True)
         source, target = upload([starts[row] + column, row * width + column], hidden.device)
-        return torch.zeros(rows * width, device=hidden.device).index_copy(0, target, values.index_select(0, source)).view(rows, width)
+        values = model.scalars(hidden, source)
+        return torch.zeros(rows * width, device=hidden.device).index_copy(0, target, values).view(rows, width)
 
     def _predictions(
         self, model: Transformer, hidden: Tensor, piece: Rows, positions: Tensor, temperature: float, *, entropy_too: bool = False

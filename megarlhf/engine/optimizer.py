@@ -89,7 +89,7 @@ class Optimizer:
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
-        self.chunks = _data_parallel(transformers, collection, overlap=overlap)
+        self.chunks = _wrapped(transformers, collection, overlap=overlap)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -259,10 +259,8 @@ class Optimizer:
         self.megatron.reload_model_params()
 
 
-def _data_parallel(
-    transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool
-) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers that are summed over data-parallel ranks."""
+def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool) -> list[DistributedDataParallel]:
+    """The chunks in megatron's data-parallel wrappers."""
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from megarlhf.models.rotary import Rotary
 from megarlhf.parallel.upload import upload
@@ -34,6 +33,8 @@ class PackedRows:
         grouped = query.shape[1] != key.shape[1]
         packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head_size]
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
+
             ends, longest = self._boundaries, self._longest
             out = varlen_attn(*packed, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
             return out.transpose(0, 1)[None]

@@ -22,5 +22,5 @@ class ScalarHead(nn.Module):
             parameter.sequence_parallel = sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [seq, batch, hidden_size] -> [seq, batch] float32."""
+        """hidden [..., hidden_size] -> [...] float32."""
         return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)

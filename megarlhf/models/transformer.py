@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megarlhf.models.activation import gelu_tanh
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention, packed_rows_of_layers
 from megarlhf.models.linear import ColumnLinear, RowLinear, few_by_many
@@ -35,7 +36,7 @@ from megarlhf.parallel.seed import derive_seed
 Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu, "swiglu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "swiglu": F.silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,16 @@ class Transformer(GPTModel):
     def _head_weight(self) -> Tensor:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
-    def scalars(self, hidden: Tensor) -> Tensor:
-        """Packed trunk output [tokens (/ tp), 1, h] -> [tokens] float32 from the scalar head."""
+    def scalars(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Packed trunk output [tokens (/ tp), 1, h] -> the scalar head's numbers at the `wanted` [n] tokens: [n] float32.
+
+        Only these pass through the head; under sequence parallelism all do, since one number of each is less to gather than h.
+        """
+        if not self.config.sequence_parallel:
+            return self.scalar_head(hidden.squeeze(1).index_select(0, wanted))
         values = self.scalar_head(hidden)
-        if self.config.sequence_parallel:
-            group = self.pg_collection.tp
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=group)
-        return values.squeeze(1)
+        values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
+        return values.squeeze(1).index_select(0, wanted)
 
 
 def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
