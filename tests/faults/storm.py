@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments until it has had enough, lets it end, and compares it with one that was left alone.
 
-    python -m tests.faults.storm [--kills 60] [--ranks 2] [--seed 1] [--stages base sft reward ppo]
+    python -m tests.faults.storm [--kills 60] [--ranks 2] [--seed 1] [--stages base sft reward ppo grpo dpo]
 
 Every process of the run is killed at once. A moment is a random time of the whole run, or a random instant after a step was logged, or
 after a save has begun: so that starts, rollouts, updates and saves are hit alike. Equal means bit for bit: the metrics of every step but
@@ -33,8 +33,12 @@ LONGER = {
     "sft": ["epochs=3", "batch_size=4", "pretraining_mix=0.25", "dropout=0.1", "select_by=valid_loss", "run.eval_every=2"],
     "reward": ["epochs=4", "batch_size=8", "run.eval_every=3"],
     "ppo": ["ppo.iterations=10", "run.eval_every=4"],
+    "grpo": ["ppo.iterations=10", "run.eval_every=4"],
+    "dpo": ["epochs=4", "batch_size=8", "run.eval_every=3"],
 }
-"""What makes each stage of the recipe some ten steps long; later ones start from those before."""
+"""What makes each stage of the recipe some ten steps long."""
+STARTED_FROM = ("base", "sft", "reward")
+"""The stages that others of the recipe start from."""
 DONE_WITHIN = 300.0
 """Seconds after which a run that neither ends nor dies has failed."""
 
@@ -117,7 +121,7 @@ def storm(recipe: Path, folder: Path, stage: str, *, kills: int, ranks: int, see
 
 def stage_command(stage: str) -> str:
     """The recipe's name of a stage as the program's."""
-    return "pretrain" if stage == "base" else stage
+    return {"base": "pretrain", "grpo": "ppo"}.get(stage, stage)
 
 
 def _ends(run: Started) -> bool:
@@ -192,7 +196,7 @@ def main() -> int:
         recipe = Path(folder) / "recipe"
         recipe.mkdir()
         make_recipe(recipe)
-        for stage in list(LONGER)[:-1]:  # what later stages start from
+        for stage in STARTED_FROM:
             if not _ends(Started([stage_command(stage), "--config", str(recipe / f"{stage}.yaml")], 1, Path(folder) / "log.txt")):
                 print((Path(folder) / "log.txt").read_text())
                 return 1
