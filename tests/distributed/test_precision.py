@@ -11,7 +11,7 @@ from megarlhf.batch import Prompts
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.terms import PolicyLoss, Term, ValueLoss
 from megarlhf.generation.generator import Generator
-from megarlhf.models import linear, transformer, vocab_head
+from megarlhf.models import linear, vocab_head
 from megarlhf.parallel.groups import World
 from tests.distributed.training import ADAM, LEARNING_RATE, build, experience, local_weights, outputs, terms_of, value_targets
 
@@ -84,17 +84,17 @@ def check_every_use_of_logits(precision):
     """Training, scoring and generation multiply hidden states and embedding by the same product, which is not rounded."""
     world = World.connect()
     engine = build("gpt2", world.groups(world.layout(tp=2)), precision=precision)
-    seen = []
+    seen, product = [], linear.float32_product
     (model,) = engine.transformers
 
     def noted(a, b):
-        found = linear.float32_product(a, b)
+        found = product(a, b)
         if b.shape[1] == model.vocab_size // 2:  # not the gradient of the hidden states
             seen.append(found.clone())
         return found
 
     batch = experience()
-    with mock.patch.object(vocab_head, "float32_product", noted), mock.patch.object(transformer, "float32_product", noted):
+    with mock.patch.object(vocab_head, "float32_product", noted), mock.patch.object(linear, "float32_product", noted):
         engine.logprobs(batch, batch.response_mask)
         engine.step([Term("policy", PolicyLoss(clip=0.2), batch)], learning_rate=0.0)
         assert len(seen) > 3
