@@ -64,7 +64,8 @@ def by_size(axes: Axes, values: dict[tuple[str, str], Interval]) -> None:
         if points:
             x = [place + 0.04 * (shift - 3) for place, _ in points]
             mean, low, high = zip(*(value for _, value in points), strict=True)
-            errors = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
+            ends = ((mean, low), (high, mean))
+            errors = [[max(0.0, far - near) for far, near in zip(*pair, strict=True)] for pair in ends]  # of none in n: rounding
             axes.errorbar(x, mean, errors, marker="o", ms=4, capsize=2, color=COLOURS[name], label=NAMES[name])
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.4, len(sizes) - 0.6)
@@ -145,11 +146,11 @@ def reward_models(found: Results) -> Figure | None:
         return None
     figure, (bars, loss, accuracy) = panels(3)
     for number in (1, 2):
-        values = found.reward_accuracy(number)
+        if not (values := found.reward_accuracy(number)):
+            continue
         x = [place + 0.25 * (number - 1) for place in range(len(values))]
         bars.bar(x, [sum(v) / len(v) for v in values.values()], width=0.22, label=f"round {number}")
-        if number == 1:
-            bars.set_xticks(x, list(values), fontsize=8)
+        bars.set_xticks(range(len(values)), list(values), fontsize=8)
     bars.set_ylim(0.5, 1)
     bars.set_title("accuracy by labellers", fontsize=9)
     bars.legend(fontsize=7)

@@ -14,7 +14,7 @@ import pytest
 import megarlhf
 
 FOLDER = Path(__file__).parents[2] / "examples" / "miniature"
-MODULES = ("world", "labelling", "make_data", "label", "stages", "results")
+MODULES = ("world", "labelling", "make_data", "label", "stages", "results", "figures")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,9 @@ def test_tables_say_who_is_preferred_and_by_whom(example, tmp_path):
     assert list(found.sweep("ptx_coef")) == ["0.3", "2.0"] and found.sweep("kl_coef") == {}
     text = example.results.tables(found)
     assert "- small, training labellers: ppo_ptx > sft > base" in text and "| small | sft | 0.500 [0.500, 0.500] |" in text
+    # Among them are shares of 0, of whose intervals rounding leaves less than none.
+    drawn = example.figures.draw(found, tmp_path / "figures")
+    assert [path.stem for path in drawn] == ["win_rate", "grades", "tax", "sweeps"] and all(path.stat().st_size > 5000 for path in drawn)
     assert example.results.ordering({"ppo": (0.4, 0.3, 0.5), "sft": (0.45, 0.4, 0.5), "base": (0.8, 0.7, 0.9)}) == "ppo =< sft < base"
 
 
