@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from megarlhf import cli
 from megarlhf.chat.conversation import SpokenText
 
@@ -17,6 +18,7 @@ def slow(self, row, number):
     time.sleep(0.4)
 
 SpokenText.token = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that started the tests in the background has it ignored
 sys.argv[0] = "megarlhf"
 cli.start()
 """
@@ -54,6 +56,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(recipe, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     words = [str(recipe / "runs" / "ppo"), "--max-new-tokens", "20", "--temperature", "1", "--seed", "5"]
     process = started(words, program=(str(tmp_path / "slow.py"),))
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
     try:
         process.stdin.write("word 1?\n")
         process.stdin.flush()
@@ -67,6 +71,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(recipe, tmp_path):
         process.stdin.write("/help\n/quit\n")
         notes = process.communicate(timeout=60)[1]
     finally:
+        deadline.cancel()
         process.kill()
     assert process.returncode == 0 and "forget what was said" in notes and "Traceback" not in notes
 
