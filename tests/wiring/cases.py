@@ -75,7 +75,7 @@ TEXT_GONE = "steps/model/pretraining/rows steps/model/pretraining/tokens steps/m
 
 SFT = [
     *run_cases(three="batch_size=8", seed="steps/model/model/tokens steps/model/pretraining/tokens cursors/order/seed cursors/text/seed samples/response",
-               seed_may="model/* metrics/* passes/*", peak="model.adam.learning_rate"),
+               seed_may="model/* metrics/* passes/* samples/finished", peak="model.adam.learning_rate"),
     Case("run.seed=2", "metrics/model/loss", may="*", base="dropout=0.5"),
     *tokenizer_cases(loads="model"),
     *trained_cases("model", "model", moved=SFT_MOVED, after=SFT_AFTER),
@@ -156,7 +156,7 @@ PPO_STEPS = (
 PTX_GONE = (
     "steps/policy/ptx/rows steps/policy/ptx/tokens steps/policy/ptx/objective fingerprints/data.pretraining.prefix said/{recipe}/corpus"
 )
-UNEVEN = "run.seed=3 generation.sampling.max_new_tokens=24"  # some responses end early
+UNEVEN = "run.seed=6 generation.sampling.max_new_tokens=24"  # some responses end early
 LETTERS = f"[{{function: '{R}/words.py:letters'}}]"
 GROUPS = "value=null ppo.advantages=grpo ppo.samples_per_prompt=4"
 OTHER_POLICY = "* models/policy/architecture/* said/generation"
