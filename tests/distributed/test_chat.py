@@ -34,7 +34,7 @@ def started(words, *, program=("-m", "megarlhf"), **environment):
 
 def test_lines_through_a_pipe_are_answered(recipe):
     words = [str(recipe / "runs" / "ppo"), "--max-new-tokens", "12", "--temperature", "1", "--seed", "5"]
-    out, notes = started(words).communicate("".join(f"{line}\n" for line in LINES), timeout=120)
+    out, notes = started(words).communicate("".join(f"{line}\n" for line in LINES), timeout=300)
     for note in (
         "policy of",
         "as plain text, for its tokenizer comes without a chat template",
@@ -44,11 +44,11 @@ def test_lines_through_a_pipe_are_answered(recipe):
     ):
         assert note in notes
     assert "Traceback" not in notes
-    again, _ = started(words).communicate("word 1?\nword 2?", timeout=120)  # the last line without its end
+    again, _ = started(words).communicate("word 1?\nword 2?", timeout=300)  # the last line without its end
     assert out.startswith(again) and len(again) > 20
     first = out[: len(again)]
     whole, alone = started(words), "word 1?\n"
-    answer = whole.communicate(alone, timeout=120)[0]
+    answer = whole.communicate(alone, timeout=300)[0]
     assert first.startswith(answer) and out[len(again) :].startswith(answer), "after /reset it is said again, without what was said between"
 
 
@@ -56,7 +56,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(recipe, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     words = [str(recipe / "runs" / "ppo"), "--max-new-tokens", "20", "--temperature", "1", "--seed", "5"]
     process = started(words, program=(str(tmp_path / "slow.py"),))
-    deadline = threading.Timer(120, process.kill)
+    deadline = threading.Timer(300, process.kill)
     deadline.start()
     try:
         process.stdin.write("word 1?\n")
@@ -83,5 +83,5 @@ def test_what_cannot_be_talked_to_is_said(recipe):
         ([str(recipe / "runs" / "sft")], TWO, "held by one process, and 2 were started"),
     ):
         process = started(words, **environment)
-        out, notes = process.communicate("hello\n", timeout=120)
+        out, notes = process.communicate("hello\n", timeout=300)
         assert process.returncode == 2 and out == "" and notes.startswith("megarlhf chat: ") and said in notes
