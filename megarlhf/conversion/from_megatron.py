@@ -114,5 +114,7 @@ def _names(name: str) -> list[tuple[str, int | None]]:
     number, _, rest = name.removeprefix(LAYERS).partition(".")
     fused = next((theirs + rest.removeprefix(ours) for ours, theirs in FUSED.items() if rest.startswith(ours)), rest)
     return [
-        found for kind in dict.fromkeys((rest, fused)) for found in ((f"{LAYERS}{kind}", int(number)), (f"{LAYERS}{number}.{kind}", None))
+        found
+        for kind in dict.fromkeys((rest, fused))
+        for found in ((f"{LAYERS}{kind}", int(number)), (f"{LAYERS}{number}.{kind}", None))
     ]

@@ -1,10 +1,10 @@
 """Megatron's torch_dist checkpoints: which tensor lies where, and how a part of one is read. Nothing in them is run.
 
-iter_0000100/
-  metadata.json     {"sharded_backend": "torch_dist", ...}
-  .metadata         a pickle: the shape and chunks of every tensor, and where each chunk's bytes lie
-  common.pt         a pickle in a zip file: the training's arguments, counters, ...; since megatron-core 0.19 among the tensors
-  __0_0.distcp ...  tensors as torch.save writes them, one after the other
+    iter_0000100/
+      metadata.json     {"sharded_backend": "torch_dist", ...}
+      .metadata         a pickle: the shape and chunks of every tensor, and where each chunk's bytes lie
+      common.pt         a pickle in a zip file: the training's arguments, counters, ...; since megatron-core 0.19 among the tensors
+      __0_0.distcp ...  tensors as torch.save writes them, one after the other
 """
 
 from __future__ import annotations

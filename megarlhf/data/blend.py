@@ -44,7 +44,9 @@ class BlendedOrder:
     def rows(self, start: int, n: int) -> list[tuple[int, int]]:
         """(corpus, its row) of the places start .. start + n - 1."""
         counts = [self.taken(place) for place in range(start, start + n + 1)]
-        drawn = [iter(order.at(first, last - first)) for order, first, last in zip(self._orders, counts[0], counts[-1], strict=True)]
+        drawn = [
+            iter(order.at(first, last - first)) for order, first, last in zip(self._orders, counts[0], counts[-1], strict=True)
+        ]
         corpora = [
             next(i for i, (now, then) in enumerate(zip(before, after, strict=True)) if then > now)
             for before, after in zip(counts, counts[1:], strict=False)

@@ -146,6 +146,8 @@ def _rename(model: dict, new_names: Mapping[int, str]) -> set[int]:
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
         model["merges"] = [
-            [left, right] for left, right in model["merges"] if new_name.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
+            [left, right]
+            for left, right in model["merges"]
+            if new_name.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
         ]
     return {id_ for id_, _ in names if id_ in new_names}

@@ -69,7 +69,9 @@ def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 def json_record(source: str, line: bytes) -> dict:
     """One line as a JSON object, in which no key comes twice and every number is finite. Raises BadRecord."""
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_finite)
+        record = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
     except UnicodeDecodeError as error:
         raise BadRecord(source, "invalid UTF-8", f"byte {error.start} of the line", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits

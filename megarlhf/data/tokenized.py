@@ -201,7 +201,8 @@ def ranking_rows(
     def convert(record: Ranking, encoder: TextEncoder) -> RankingRow:
         prompt_ids = _prompt_ids(record, encoder, max_prompt_len)
         response_ids = tuple(
-            _response_ids(record, f"response {i}", response, encoder, max_response_len) for i, response in enumerate(record.responses)
+            _response_ids(record, f"response {i}", response, encoder, max_response_len)
+            for i, response in enumerate(record.responses)
         )
         require_one_rank_each(record.source, map(tuple, response_ids), record.ranks)  # texts may differ where their tokens do not
         return RankingRow(prompt_ids, response_ids, record.ranks, record.source, record.group)

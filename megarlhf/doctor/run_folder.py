@@ -102,8 +102,6 @@ def judge_sharing(folder: str, sees: Sequence[bool], hosts: Sequence[str]) -> Fi
     blind = [rank for rank, seen in enumerate(sees) if not seen]
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in blind[:4]) + (f" and {len(blind) - 4} more" if len(blind) > 4 else "")
     return Finding(
-        "run folder",
-        WRONG,
-        f"{folder} is not shared: {named} did not see what rank 0 on {hosts[0]} wrote",
+        "run folder", WRONG, f"{folder} is not shared: {named} did not see what rank 0 on {hosts[0]} wrote",
         "a run.dir on a file system that all machines mount at the same place",
     )

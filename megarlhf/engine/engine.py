@@ -63,7 +63,9 @@ class Engine:
         how = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
         return micro_batch_rows(batch, dp=self.groups.layout.dp, minibatches=minibatches, **how)
 
-    def logprobs(self, batch: Rows, positions: Tensor, *, temperature: float = 1.0, minibatches: Sequence[Tensor] | None = None) -> Tensor:
+    def logprobs(
+        self, batch: Rows, positions: Tensor, *, temperature: float = 1.0, minibatches: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """log pi(tokens[:, t + 1] | tokens[:, : t + 1]) where `positions` [batch, seq - 1] is True, 0 elsewhere.
 
         pi is softmax(logits / temperature). With `minibatches` (row numbers, each row in one) the micro-batches are those

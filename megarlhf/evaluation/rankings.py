@@ -36,7 +36,9 @@ def ranking_records(scores: Tensor, rows: Sequence[RankingRow]) -> list[dict[str
         ends.append(ends[-1] + len(row.ranks))
     for row, (start, end) in zip(rows, pairwise(ends), strict=True):
         of_row = scores[start:end].tolist()
-        gaps = [of_row[i] - of_row[j] for i, better in enumerate(row.ranks) for j, worse in enumerate(row.ranks) if better < worse]
+        gaps = [
+            of_row[i] - of_row[j] for i, better in enumerate(row.ranks) for j, worse in enumerate(row.ranks) if better < worse
+        ]
         found = {"comparisons": len(gaps), "right": sum(gap > 0 for gap in gaps)}
         records.append({"source": row.source, "group": row.group, "ranks": list(row.ranks), "scores": of_row, **found})
     return records

@@ -39,7 +39,9 @@ def first_sentence(error: BaseException) -> str:
 
 def is_broken_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank has ended or did not answer, as gloo and NCCL say it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in BROKEN_CONNECTION))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in BROKEN_CONNECTION)
+    )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ class StageCommunicator(P2PCommunicator):
         return torch.empty(shapes.pop(), dtype=self.config.pipeline_dtype, device=self._groups.device, requires_grad=True)
 
     @staticmethod
-    def _operations(sent: Tensor | None, target: int, received: Tensor | None, source: int, group: dist.ProcessGroup) -> list[dist.P2POp]:
+    def _operations(
+        sent: Tensor | None, target: int, received: Tensor | None, source: int, group: dist.ProcessGroup
+    ) -> list[dist.P2POp]:
         operations = [] if sent is None else [dist.P2POp(dist.isend, sent.contiguous(), target, group)]
         return operations if received is None else [*operations, dist.P2POp(dist.irecv, received, source, group)]
 

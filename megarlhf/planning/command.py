@@ -114,11 +114,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     gpu = GPUS[options.gpu]
     inside, between = ((gbps * GB / 8 if gbps else None) for gbps in (options.inside_gbps, options.between_gbps))
     return Cluster(
-        gpu=gpu,
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        inside=inside or gpu.inside,
-        between=between or gpu.between,
+        gpu=gpu, nodes=options.nodes, gpus_per_node=options.gpus_per_node, inside=inside or gpu.inside, between=between or gpu.between,
         reserved_bytes=options.reserve_gb * GB,
     )
 

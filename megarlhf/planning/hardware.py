@@ -38,44 +38,20 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(
-            name="a100-40gb",
-            memory_bytes=39.4 * GIB,
-            flops=312e12,
-            memory_bandwidth=1555e9,
-            inside=300e9,
-            between=25e9,
-            host=32e9,
-            matmul_share=0.8,
+            name="a100-40gb", memory_bytes=39.4 * GIB, flops=312e12, memory_bandwidth=1555e9,
+            inside=300e9, between=25e9, host=32e9, matmul_share=0.8,
         ),  # fmt: skip
         Gpu(
-            name="a100-80gb",
-            memory_bytes=79.2 * GIB,
-            flops=312e12,
-            memory_bandwidth=2039e9,
-            inside=300e9,
-            between=25e9,
-            host=32e9,
-            matmul_share=0.8,
+            name="a100-80gb", memory_bytes=79.2 * GIB, flops=312e12, memory_bandwidth=2039e9,
+            inside=300e9, between=25e9, host=32e9, matmul_share=0.8,
         ),  # fmt: skip
         Gpu(
-            name="h100-80gb",
-            memory_bytes=79.1 * GIB,
-            flops=989e12,
-            memory_bandwidth=3350e9,
-            inside=450e9,
-            between=50e9,
-            host=64e9,
-            matmul_share=0.68,
+            name="h100-80gb", memory_bytes=79.1 * GIB, flops=989e12, memory_bandwidth=3350e9,
+            inside=450e9, between=50e9, host=64e9, matmul_share=0.68,
         ),  # fmt: skip
         Gpu(
-            name="h200",
-            memory_bytes=139.8 * GIB,
-            flops=989e12,
-            memory_bandwidth=4800e9,
-            inside=450e9,
-            between=50e9,
-            host=64e9,
-            matmul_share=0.68,
+            name="h200", memory_bytes=139.8 * GIB, flops=989e12, memory_bandwidth=4800e9,
+            inside=450e9, between=50e9, host=64e9, matmul_share=0.68,
         ),  # fmt: skip
     )
 }

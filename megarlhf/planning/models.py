@@ -93,7 +93,9 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
     return RunModels(config, plans, generation, num_ranks, tuple(dict.fromkeys(notes)), tuple(shrunk))
 
 
-def _layout(role: str, parallel: ParallelConfig, architecture: Architecture, num_ranks: int, shrunk: list[str]) -> ParallelLayout:
+def _layout(
+    role: str, parallel: ParallelConfig, architecture: Architecture, num_ranks: int, shrunk: list[str]
+) -> ParallelLayout:
     """The layout over all ranks. With too few of them for one copy, that with as many stages as there are ranks for."""
     axes = dataclasses.asdict(parallel)
     if parallel.tp * parallel.pp > num_ranks and num_ranks % parallel.tp == 0:

@@ -82,10 +82,7 @@ class Plan:
             said.append(
                 does_not_fit(
                     f"{self.largest_phase} on ranks of the class '{self.classes[number].name}' (rank {self.classes[number].rank})",
-                    needed,
-                    gpu.memory_bytes,
-                    self.cluster.reserved_bytes,
-                    device=gpu.name,
+                    needed, gpu.memory_bytes, self.cluster.reserved_bytes, device=gpu.name,
                 )
             )
         elif not said:

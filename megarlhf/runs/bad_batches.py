@@ -1,6 +1,6 @@
 """Batches whose loss or gradients were not finite, kept in the run's folder for `megarlhf replay`.
 
-bad_batches/step_00000012_policy.safetensors    what the policy's first such step of step 12 was given
+    bad_batches/step_00000012_policy.safetensors    what the policy's first such step of step 12 was given
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A run's folder: its configuration, logs and checkpoints, and how it goes on after an interruption.
 
-run.json       the run's id and stage: what makes it this run
-config.yaml    the resolved configuration, for people
-environment.json  what it was last started on, for people
-metrics.jsonl, samples.jsonl, ...
-checkpoints/   step_00000010/ ..., and best.json where validation chose one
-lock           held by the process that works here
+    run.json       the run's id and stage: what makes it this run
+    config.yaml    the resolved configuration, for people
+    environment.json  what it was last started on, for people
+    metrics.jsonl, samples.jsonl, ...
+    checkpoints/   step_00000010/ ..., and best.json where validation chose one
+    lock           held by the process that works here
 """
 
 from __future__ import annotations

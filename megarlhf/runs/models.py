@@ -296,4 +296,6 @@ def chosen_model(saved: Saved, named: str | None, role: str, head: Head) -> str:
 
 def adam_settings(config: AdamConfig) -> AdamSettings:
     """The optimizer's constants as the engine takes them."""
-    return AdamSettings(betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, clip_grad=config.clip_grad)
+    return AdamSettings(
+        betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, clip_grad=config.clip_grad
+    )

@@ -123,7 +123,7 @@ class Rewards:
     tokenizer: Tokenizer
 
     def by_source(self, rollouts: Rollouts, rows: Sequence[PromptRow]) -> dict[str, Tensor]:
-        """ "model" and the name of each function -> its rewards [batch], before weights. `rows`: the rollouts' prompts."""
+        """"model" and the name of each function -> its rewards [batch], before weights. `rows`: the rollouts' prompts."""
         of_model = {MODEL: self.model.scores(rollouts)} if self.model is not None else {}
         return of_model | self.functions.values(rollouts, rows, self.tokenizer)
 

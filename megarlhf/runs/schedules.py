@@ -18,4 +18,6 @@ def scheduled_rate(schedule: ScheduleConfig, step: int, *, peak: float, total_st
     """The learning rate of optimizer step `step`, from 0."""
     if schedule.shape == "constant":
         return constant_with_warmup(step, peak=peak, warmup_steps=schedule.warmup_steps)
-    return cosine(step, peak=peak, total_steps=total_steps, final_fraction=schedule.final_fraction, warmup_steps=schedule.warmup_steps)
+    return cosine(
+        step, peak=peak, total_steps=total_steps, final_fraction=schedule.final_fraction, warmup_steps=schedule.warmup_steps
+    )

@@ -62,7 +62,7 @@ class PpoModels:
         return {role: engine for role, engine in models.items() if engine is not None}
 
     def offload_metrics(self) -> dict[str, float]:
-        """ "time/offload_seconds": what copies to and from the host made the computation wait since the last call."""
+        """"time/offload_seconds": what copies to and from the host made the computation wait since the last call."""
         if not any(engine.offload.kinds for engine in self.engines.values()):
             return {}
         return {"time/offload_seconds": self.generation_groups.side_stream.take_seconds()}

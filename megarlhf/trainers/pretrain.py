@@ -37,7 +37,9 @@ class Pretraining(Stage):
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on the next rows."""
-        rate = scheduled_rate(self.config.schedule, number, peak=self.config.model.adam.learning_rate, total_steps=self.config.steps)
+        rate = scheduled_rate(
+            self.config.schedule, number, peak=self.config.model.adam.learning_rate, total_steps=self.config.steps
+        )
         with self.phases("step"):
             rows = self.text.take(self.config.batch_size)
             result = self.model.step([Term("model", LanguageModelLoss(), rows)], learning_rate=rate)

@@ -22,17 +22,10 @@ MIXED = {
     "generation": {"parallel": {"tp": 2, "pp": 1}},
 }
 INTERLEAVED = {
-    "policy": {
-        "parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True},
-        "recompute": "selective",
-        "offload": ["gradients", "optimizer", "average"],
-    },
-    "value": {
-        "parallel": {"tp": 2, "sequence_parallel": True},
-        "recompute": "full",
-        "micro_batch_tokens": 150,
-        "offload": ["weights", "gradients", "optimizer"],
-    },
+    "policy": {"parallel": {"tp": 2, "pp": 2, "virtual_pp": 3, "sequence_parallel": True}, "recompute": "selective",
+               "offload": ["gradients", "optimizer", "average"]},
+    "value": {"parallel": {"tp": 2, "sequence_parallel": True}, "recompute": "full", "micro_batch_tokens": 150,
+              "offload": ["weights", "gradients", "optimizer"]},
     "reward": {"parallel": {"tp": 1, "pp": 4}, "offload": ["weights"]},
     "reference": {"parallel": {"tp": 1}},
 }

@@ -45,17 +45,9 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
         "models and data": (
             recipe / "ppo.yaml",
             [
-                at,
-                "policy.load=nowhere",
-                "policy.parallel.tp=4",
-                "value.parallel.tp=4",
-                "reference.parallel={tp: 2, pp: 3}",
-                "reward.parallel.pp=2",
-                f"reward.load={recipe}/runs/sft",
-                "generation.sampling.max_new_tokens=30",
-                f"data.prompts={broken}/bad.jsonl",
-                "data.prompts_valid=missing.jsonl",
-                "data.pretraining.prefix=gone",
+                at, "policy.load=nowhere", "policy.parallel.tp=4", "value.parallel.tp=4", "reference.parallel={tp: 2, pp: 3}",
+                "reward.parallel.pp=2", f"reward.load={recipe}/runs/sft", "generation.sampling.max_new_tokens=30",
+                f"data.prompts={broken}/bad.jsonl", "data.prompts_valid=missing.jsonl", "data.pretraining.prefix=gone",
                 "limits.max_prompt_len=4",
             ],
         ),
@@ -116,10 +108,9 @@ def test_everything_that_is_wrong_is_said_at_once_on_every_rank(recipe, broken, 
     assert "hidden_size 32 must be divisible by num_heads 3" in said["heads"]
     assert "num_layers 1 must be at least pp * virtual_pp = 2 * 1 = 2: each chunk of a stage holds a layer" in said["layers"]
     assert said["tokenizer"].startswith("tokenizer: there is no tokenizer at nothing.model")
-    assert (
-        "step_00000004 holds a model with a scalar head (reward or value), and a language model is needed"
-        in said["policy from a reward model"]
-    )
+    assert "step_00000004 holds a model with a scalar head (reward or value), and a language model is needed" in said[
+        "policy from a reward model"
+    ]
     assert said["which model"].startswith("reward: load_model must name one of policy, value in") and "'valu'" in said["which model"]
     assert said["reward model on text"].splitlines() == [
         "model: it is a reward model, which can be evaluated on rankings and on win_rate.responses only",

@@ -164,7 +164,7 @@ CHANGES = {
     "kl_coef that is adapted": (["ppo.kl_coef=5.0"], "ppo.kl_coef 0.02 -> 5.0: it has been adapted since", None),
     "a section from null": (
         ["value.parallel={tp: 1}"],
-        "changed since then: value.parallel null -> {tp: 1, pp: 1, virtual_pp: 1, sequence_parallel: false}",
+        'changed since then: value.parallel null -> {tp: 1, pp: 1, virtual_pp: 1, sequence_parallel: false}',
         {},
     ),
     "a section to null": (["ppo.adaptive_kl=null"], "changed since then: ppo.adaptive_kl {target: 0.1, horizon: 40} -> null", {}),

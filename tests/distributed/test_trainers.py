@@ -614,12 +614,8 @@ def check_answers(folder, runs):
     for stage in ("generate", "evaluate"):
         at, ids = [f"run.dir={runs / stage}"], f"prompts={runs}/ids.jsonl"
         for name, overrides in {
-            "first": [],
-            "again": ["model.micro_batch_size=3"],
-            "prompts": [f"prompts={runs}/others.jsonl"],
-            "ids": [f"prompts={runs}/renamed.jsonl"],
-            "model": [f"model.load={folder}/runs/sft"],
-            "sampling": ["sampling.temperature=0.5"],
+            "first": [], "again": ["model.micro_batch_size=3"], "prompts": [f"prompts={runs}/others.jsonl"],
+            "ids": [f"prompts={runs}/renamed.jsonl"], "model": [f"model.load={folder}/runs/sft"], "sampling": ["sampling.temperature=0.5"],
         }.items():
             given = any(override.startswith("prompts=") for override in overrides)
             said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides, *([] if given else [ids])])[1]

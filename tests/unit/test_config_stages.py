@@ -44,12 +44,7 @@ def test_defaults_are_the_papers(tmp_path):
     """Ouyang et al. 2022, Appendix C."""
     sft, reward, ppo = (load(tmp_path, stage) for stage in ("sft", "reward", "ppo"))
     assert (sft.epochs, sft.dropout, sft.batch_size, sft.schedule.shape, sft.schedule.final_fraction, sft.schedule.warmup_steps) == (
-        16,
-        0.2,
-        32,
-        "cosine",
-        0.1,
-        0,
+        16, 0.2, 32, "cosine", 0.1, 0,
     )
     assert (reward.epochs, reward.batch_size, reward.schedule.shape, reward.schedule.final_fraction) == (1, 64, "cosine", 0.1)
     s = ppo.ppo

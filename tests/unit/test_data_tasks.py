@@ -56,13 +56,8 @@ def texts_of_choices(row):
 
 def test_a_form_writes_instruction_examples_and_query_as_the_paper_does(tmp_path):
     form = {
-        "instruction": "Answer.",
-        "query": "Text: {text}\nQ{number}: {context}\nA:",
-        "target": " {answer}.",
-        "separator": "\n--\n",
-        "shots": 2,
-        "metric": "f1",
-        "max_new_tokens": 7,
+        "instruction": "Answer.", "query": "Text: {text}\nQ{number}: {context}\nA:", "target": " {answer}.", "separator": "\n--\n",
+        "shots": 2, "metric": "f1", "max_new_tokens": 7,
     }
     train = [{"part": "train", "text": f"t{i}", "number": i, "context": f"c{i}", "answers": [f"a{i}", "other"]} for i in range(2)]
     query = {"text": "{answer} {number}", "number": 1.5, "context": "why", "answers": ["x"], "metric": "contains"}

@@ -129,7 +129,9 @@ SYMBOLS = ["<|im_end|>", "<|user|>", "stop", " and", "the"]
 def sentencepiece_model(folder, symbol, **kwargs):
     prefix = str(folder / "m")
     kwargs = {"user_defined_symbols": [symbol], "byte_fallback": True, "normalization_rule_name": "identity", **kwargs}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=500, minloglevel=2, **kwargs)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=500, minloglevel=2, **kwargs
+    )
     return prefix + ".model"
 
 

@@ -105,13 +105,8 @@ def test_jsonl_lines_are_standard_json_and_flushed(tmp_path):
     sink.write("ppo", 1, {"reward": 0.5, "loss": math.nan, "kl": -math.inf})
     assert records(path) == [
         {
-            "stage": "ppo",
-            "step": 1,
-            "time": "1970-01-02T00:00:00.500Z",
-            "reward": 0.5,
-            "loss": None,
-            "kl": None,
-            "nonfinite": {"loss": "nan", "kl": "-inf"},
+            "stage": "ppo", "step": 1, "time": "1970-01-02T00:00:00.500Z", "reward": 0.5,
+            "loss": None, "kl": None, "nonfinite": {"loss": "nan", "kl": "-inf"},
         }  # fmt: skip
     ]
     sink.close()

@@ -31,15 +31,10 @@ def pretraining_data_cases(key, *, text):
         Case(f"{key}.valid_prefix=null", held_out, may=f"fingerprints/{key}.valid_prefix passes/*"),
         Case(f"{key}.seq_len=16", f"{tokens} {held_out} cursors/text/seq_len", may=trains),
         Case(f"{key}.valid_rows=2", held_out, may="passes/*"),
-        Case(
-            f"{key}.blend=[{{prefix: {R}/corpus, weight: 1.0}}, {{prefix: {R}/rows, weight: 3.0}}] {key}.prefix=null",
-            f"{tokens} metrics/text/rows_row_share fingerprints/{key}.blend*",
-            may=f"{trains} said/{R}/rows",
-        ),
+        Case(f"{key}.blend=[{{prefix: {R}/corpus, weight: 1.0}}, {{prefix: {R}/rows, weight: 3.0}}] {key}.prefix=null",
+             f"{tokens} metrics/text/rows_row_share fingerprints/{key}.blend*", may=f"{trains} said/{R}/rows"),
         # the batches are the same, bit for bit
-        Case(f"{key}.loader=dali", "")
-        if has_dali()
-        else refused(f"{key}.loader=dali", f"{key}.loader: dali needs NVIDIA DALI, which is not installed"),
+        Case(f"{key}.loader=dali", "") if has_dali() else refused(f"{key}.loader=dali", f"{key}.loader: dali needs NVIDIA DALI, which is not installed"),
     ]
 
 
@@ -326,62 +321,26 @@ GENERATE = [
 ]
 
 ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
-RANKED = (
-    "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
-)
+RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
 ONLY = "prompts=null reference=null demonstrations=null rankings=null text=null"
 WON = f"win_rate.responses={R}/answers_a.jsonl win_rate.against={R}/answers_b.jsonl win_rate.labels={R}/labels.jsonl"
 RATED = "evaluation/win_rate/* stdout said/* fingerprints/* files passes/*"
 EVALUATE = [
     *answering_run_cases("evaluate", sampled="responses/response evaluation/valid/reward_mean"),
     *tokenizer_cases(loads="model"),
-    *frozen_cases(
-        "model",
-        other="deep",
-        moved=f"responses/* inputs/model/* {ANSWERED} evaluation/valid/text_loss evaluation/valid/loss stdout passes/*",
-    ),
-    *frozen_cases(
-        "reward", other="reward2", moved=f"responses/reward evaluation/valid/reward_mean {RANKED} evaluation/valid/* stdout", average=False
-    ),
-    Case(
-        "reward=null",
-        "responses/reward evaluation/valid/reward_mean engine/reward/initial",
-        may="engine/reward/* said/reward passes/reward stdout",
-        base="rankings=null",
-    ),
+    *frozen_cases("model", other="deep", moved=f"responses/* inputs/model/* {ANSWERED} evaluation/valid/text_loss evaluation/valid/loss stdout passes/*"),
+    *frozen_cases("reward", other="reward2", moved=f"responses/reward evaluation/valid/reward_mean {RANKED} evaluation/valid/* stdout", average=False),
+    Case("reward=null", "responses/reward evaluation/valid/reward_mean engine/reward/initial", may="engine/reward/* said/reward passes/reward stdout", base="rankings=null"),
     *frozen_cases("reference", other="deep", moved="responses/kl evaluation/valid/kl stdout"),
-    Case(
-        "reference=null",
-        "responses/kl evaluation/valid/kl engine/reference/initial",
-        may="engine/reference/* said/reference passes/* stdout",
-    ),
-    Case(
-        f"prompts={R}/other_prompts.jsonl",
-        "responses/prompt inputs/prompts evaluation/valid/reward_mean",
-        may=f"responses/* {ANSWERED} inputs/* stdout answers/* passes/* {DATA_NOTES}",
-    ),
-    Case(
-        "prompts=null",
-        "responses/prompt",
-        may=f"responses/* {ANSWERED} inputs/* files stdout answers/* passes/* {DATA_NOTES}",
-        base="reference=null",
-    ),
+    Case("reference=null", "responses/kl evaluation/valid/kl engine/reference/initial", may="engine/reference/* said/reference passes/* stdout"),
+    Case(f"prompts={R}/other_prompts.jsonl", "responses/prompt inputs/prompts evaluation/valid/reward_mean", may=f"responses/* {ANSWERED} inputs/* stdout answers/* passes/* {DATA_NOTES}"),
+    Case("prompts=null", "responses/prompt", may=f"responses/* {ANSWERED} inputs/* files stdout answers/* passes/* {DATA_NOTES}", base="reference=null"),
     Case(f"demonstrations={R}/other_demonstrations.jsonl", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
     Case("demonstrations=null", "evaluation/valid/loss", may=f"stdout passes/* {DATA_NOTES}"),
     Case(f"rankings={R}/other_rankings.jsonl", RANKED, may=f"evaluation/valid/accuracy_by_prompt_* stdout passes/* {DATA_NOTES}"),
     Case("rankings=null", RANKED, may=f"evaluation/valid/accuracy_by_prompt_* files stdout passes/* {DATA_NOTES}"),
-    Case(
-        f"tasks=[{R}/other_task.jsonl]",
-        "evaluation/tasks/*",
-        may="stdout said/* fingerprints/* passes/model",
-        base=f"{ONLY} reward=null shots=0 tasks=[{R}/task.jsonl]",
-    ),
-    Case(
-        "shots=0",
-        "passes/model",
-        may="evaluation/tasks/* stdout said/* fingerprints/*",
-        base=f"{ONLY} reward=null shots=2 tasks=[{R}/task.jsonl]",
-    ),
+    Case(f"tasks=[{R}/other_task.jsonl]", "evaluation/tasks/*", may="stdout said/* fingerprints/* passes/model", base=f"{ONLY} reward=null shots=0 tasks=[{R}/task.jsonl]"),
+    Case("shots=0", "passes/model", may="evaluation/tasks/* stdout said/* fingerprints/*", base=f"{ONLY} reward=null shots=2 tasks=[{R}/task.jsonl]"),
     Case(f"win_rate.responses={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
     Case(f"win_rate.against={R}/answers_c.jsonl", "evaluation/win_rate/by_reward", may=f"{RATED}", base=f"{ONLY} {WON}"),
     Case(f"win_rate.labels={R}/other_labels.jsonl", "evaluation/win_rate/by_labels", may=f"{RATED}", base=f"{ONLY} {WON}"),
