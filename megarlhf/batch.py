@@ -21,7 +21,7 @@ class Rows:
     """Token rows and whatever belongs to each of them."""
 
     on_host: ClassVar[tuple[str, ...]] = ()
-    """Fields that a loss reads on the host: they stay there when the others go to the device."""
+    """Fields that stay on the host where the others go to a device: shapes depend on their values, and asking a device for them waits."""
     tokens: Tensor
     """[batch, seq] int64, right padded."""
     lengths: Tensor
@@ -31,9 +31,6 @@ class Rows:
     def num_rows(self) -> int:
         """Rows of the batch."""
         return self.tokens.shape[0]
-
-    on_host: ClassVar[tuple[str, ...]] = ()
-    """What stays on the host where the others go to a device: shapes depend on its values, and asking a device for them waits for it."""
 
     @property
     def groups(self) -> Tensor | None:
@@ -116,13 +113,11 @@ class TextBatch(Rows):
 class RankingBatch(Rows):
     """Ranked completions: tokens [completions, seq], lengths [completions]; all of a prompt's rows stay together."""
 
-    on_host: ClassVar[tuple[str, ...]] = ("ranks", "prompt_index")
-    """Which comparisons there are decides about shapes, and a device would have to be asked for those."""
+    on_host: ClassVar[tuple[str, ...]] = ("prompt_index",)
     ranks: Tensor
     """[completions] int64: 1 is best, equal ranks are ties."""
     prompt_index: Tensor
     """[completions] int64: which prompt of the batch each completion answers."""
-    on_host: ClassVar[tuple[str, ...]] = ("prompt_index",)
 
     @property
     def groups(self) -> Tensor:

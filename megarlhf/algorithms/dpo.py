@@ -35,7 +35,7 @@ def dpo_loss(
     Returns: (sum over prompts, over comparisons {"accuracy" (h_w > h_l), "margin" (beta (h_w - h_l)), "reward_chosen" (beta h_w),
     "reward_rejected" (beta h_l)}).
     """
-    table, better, pairs = (x.to(logprobs.device, non_blocking=True) for x in comparisons(ranks, prompt_index))
+    table, better, pairs = comparisons(ranks, prompt_index, logprobs.device)
     gained = logprobs - ref_logprobs
     if kind == "ipo":
         gained = gained / lengths.clamp(min=1)

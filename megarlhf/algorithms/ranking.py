@@ -20,12 +20,12 @@ def completions_by_prompt(prompt_index: Tensor) -> Tensor:
     return table
 
 
-def comparisons(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def comparisons(ranks: Tensor, prompt_index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(`completions_by_prompt`, which of them is better than which [prompts, winner, loser] bool, each prompt's number [prompts]).
 
-    prompt_index says the shapes: on a device it would be asked for them, and waited for. ranks may be elsewhere.
+    All on `device`, wherever ranks are. prompt_index says the shapes: on a device it would be asked for them, and waited for.
     """
-    table = completions_by_prompt(prompt_index).to(ranks.device)
+    table, ranks = (x.to(device, non_blocking=True) for x in (completions_by_prompt(prompt_index), ranks))
     real, rank = table >= 0, ranks[table]  # [prompts, K]
     better = real[:, :, None] & real[:, None, :] & (rank[:, :, None] < rank[:, None, :])
     return table, better, better.sum(dim=(1, 2))
@@ -40,7 +40,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> tuple[T
     Args: scores [n] float, on any device; ranks [n] int64, 1 best; prompt_index [n] int64.
     Returns: (sum over prompts, {"accuracy" (comparisons whose winner scores higher), "score_gap" (r_w - r_l)}).
     """
-    table, better, pairs = (x.to(scores.device, non_blocking=True) for x in comparisons(ranks, prompt_index))
+    table, better, pairs = comparisons(ranks, prompt_index, scores.device)
     score = scores.float()[table]  # [prompts, K]
     gap = torch.where(better, score[:, :, None] - score[:, None, :], 0.0)
     loss = torch.where(better, -F.logsigmoid(gap), 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)

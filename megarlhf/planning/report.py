@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from megarlhf.planning.dry_run import OF_PHASES, tags_by_kind
 from megarlhf.planning.estimate import TERMS
+from megarlhf.planning.hardware import GB
 from megarlhf.planning.holdings import KINDS
 from megarlhf.planning.plan import OF_A_STEP, Plan
 
-GB = 1e9
 BAR = 40
 
 

@@ -11,13 +11,12 @@ from megarlhf.config import ConfigError
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import layout_violations, shards_held
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.planning.hardware import LINK_SHARE, Cluster
+from megarlhf.planning.hardware import GB, LINK_SHARE, Cluster
 from megarlhf.resharding.execute import BUCKET_BYTES
 from megarlhf.resharding.plan import ReshardPlan, nearest_layout, plan_reshard
 
 LAYOUT = re.compile(r"tp(\d+)(?:pp(\d+))?(?:dp(\d+))?(?:v(\d+))?(?:@(\d+))?")
 BF16 = 2
-GB = 1e9
 RANKS_SHOWN = 16
 """Up to so many ranks each has a line of its own."""
 

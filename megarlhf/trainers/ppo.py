@@ -116,7 +116,8 @@ class ProximalPolicyOptimization(Stage):
         with self.phases("score"):
             roles.turn_to("score")
             judged = self.judged(rollouts, rows, minibatches[0])
-        require_same_policy(rollouts, judged.logprobs, most=self.config.generation.max_logprob_gap)
+        of_rollouts = rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
+        require_same_policy(of_rollouts, most=self.config.generation.max_logprob_gap)
         experience, targets = self.experience(rollouts, judged)
 
         # experience -> updates
@@ -139,7 +140,7 @@ class ProximalPolicyOptimization(Stage):
         metrics = {"rollout/kl_coef": self.kl_coef, "rollout/policy_updates": self.generator.policy_updates}
         metrics |= step_metrics("policy", policy_steps, policy_rate)
         metrics |= self.rewards.metrics(judged.rewards)
-        metrics |= rollout_metrics(rollouts, scores=judged.scores, logprobs=judged.logprobs, ref_logprobs=judged.ref_logprobs)
+        metrics |= of_rollouts
         metrics |= self.text.metrics() if self.text else {}
         if targets is not None:
             metrics |= value_metrics(targets.old_values, targets.returns, mask) | step_metrics("value", value_steps, value_rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,30 +24,24 @@ def rollout_metrics(rollouts: Rollouts, *, scores: Tensor, logprobs: Tensor, ref
         kl = torch.where(mask, estimator(logprobs.double(), ref_logprobs.double()), 0.0)
         metrics[f"rollout/kl{suffix}"] = float(kl.sum(dim=1).mean())
         metrics[f"rollout/kl{suffix}_per_token"] = float(kl.sum() / count)
-    gap, largest_gap = logprob_gap(rollouts, logprobs)
+    gap = torch.where(mask, logprobs - rollouts.logprobs, 0.0).abs().double()
     lengths = (rollouts.lengths - rollouts.prompt_lengths).double()
     return metrics | {
         "rollout/reward_mean": float(scores.double().mean()),
         "rollout/reward_std": float(scores.double().std(correction=0)),
         "rollout/response_len": float(lengths.mean()),
         "rollout/finished_fraction": float(rollouts.finished.double().mean()),
-        "rollout/generator_logprob_gap": largest_gap,
-        "rollout/generator_logprob_gap_mean": gap,
+        "rollout/generator_logprob_gap": float(gap.max()),
+        "rollout/generator_logprob_gap_mean": float(gap.sum() / count),
     }
 
 
-def logprob_gap(rollouts: Rollouts, logprobs: Tensor) -> tuple[float, float]:
-    """(mean, largest) difference in nats between the generator's and the trainer's log-probability [batch, seq - 1] of a response token."""
-    gap = torch.where(rollouts.response_mask, logprobs - rollouts.logprobs, 0.0).abs().double()
-    return float(gap.sum() / rollouts.response_mask.sum()), float(gap.max())
-
-
-def require_same_policy(rollouts: Rollouts, logprobs: Tensor, *, most: float | None) -> None:
-    """RunError where the mean of `logprob_gap` is above `most`: what was sampled is not of the policy that would learn from it.
+def require_same_policy(metrics: Mapping[str, float], *, most: float | None) -> None:
+    """RunError where the mean gap of `rollout_metrics` is above `most`: what was sampled is not of the policy that would learn from it.
 
     Every rank holds all rollouts, so that it is raised on all. NaN is left to the update, which knows of it.
     """
-    mean, largest = logprob_gap(rollouts, logprobs)
+    mean, largest = metrics["rollout/generator_logprob_gap_mean"], metrics["rollout/generator_logprob_gap"]
     if most is not None and mean > most:
         raise RunError(
             f"the generator's log-probabilities are {mean:.3g} nats from the trainer's in the mean over this iteration's tokens "
