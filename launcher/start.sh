@@ -53,10 +53,11 @@ settings() {
   fi
 }
 
-require_number() { # require_number NAME: a variable that must be a whole number
+require_number() { # require_number NAME LEAST MOST: a variable that must be a whole number from LEAST to MOST
   case ${!1} in
-    '' | *[!0-9]*) refuse "$1 is '${!1}'; it must be a whole number" ;;
+    '' | *[!0-9]* | ??????????*) refuse "$1 is '${!1}'; it must be a whole number" ;;
   esac
+  if [ "${!1}" -lt "$2" ] || [ "${!1}" -gt "$3" ]; then refuse "$1 is ${!1}; it must be from $2 to $3"; fi
 }
 
 require_all() { # require_all REASON NAME...: variables that belong together
@@ -88,9 +89,10 @@ count_gpus() { # sets GPUS_PER_NODE, where it is not, to the number of GPUs that
 use_torchrun() { # puts torchrun for this node before the program
   local nodes=$1
   set_default NNODES "$nodes"
-  require_number NNODES
+  require_number NNODES 1 100000
   assume_or_refuse GPUS_PER_NODE 8 "no GPU was found here; set it to the number of ranks that each node starts"
-  require_number GPUS_PER_NODE
+  require_number GPUS_PER_NODE 1 1000
+  plan_nodes=$NNODES plan_gpus=$GPUS_PER_NODE
   local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS_PER_NODE")
   if [ "$NNODES" -eq 1 ]; then
     command=("${torchrun[@]}" --standalone "${command[@]:1}")
@@ -99,8 +101,8 @@ use_torchrun() { # puts torchrun for this node before the program
   assume_or_refuse NODE_RANK 0 "the run has $NNODES nodes (NNODES; this script is for $nodes): start it on each with its own NODE_RANK"
   assume_or_refuse MASTER_ADDR FIRST_NODE "the run has $NNODES nodes: set it to the address of node 0 on all of them"
   set_default MASTER_PORT 29500
-  require_number NODE_RANK
-  require_number MASTER_PORT
+  require_number NODE_RANK 0 100000
+  require_number MASTER_PORT 1 65535
   if [ "$NODE_RANK" -ge "$NNODES" ]; then refuse "NODE_RANK is $NODE_RANK and NNODES is $NNODES: nodes count from 0 to NNODES - 1"; fi
   torchrun+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   command=("${torchrun[@]}" "${command[@]:1}")
@@ -114,6 +116,7 @@ choose_way() { # from the environment: this process is a rank already, or starts
     require_all "torchrun sets it for each rank. RANK and LOCAL_RANK are the ranks' own: a node has NODE_RANK" \
       RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
   elif [ $in_step = yes ] && { [ "$step_tasks" != "$step_nodes" ] || [ "${GPUS_PER_NODE:-}" = 1 ]; }; then
+    if [ "${SLURM_PROCID}" = 0 ]; then plan_nodes=$step_nodes plan_gpus=$((step_tasks / step_nodes)); fi
     if [ "$step_tasks" = 1 ]; then return; fi
     require_all "srun's tasks find one another there; export it before srun, as launcher/slurm/job.sh does" MASTER_ADDR MASTER_PORT
   elif [ $in_step = yes ]; then
@@ -127,15 +130,15 @@ choose_way() { # from the environment: this process is a rank already, or starts
   fi
 }
 
-show_plan() { # show_plan CONFIG KEY=VALUE...: what the run needs, on the nodes of torchrun; a rank does not know them
+show_plan() { # show_plan CONFIG KEY=VALUE...: what the run needs, on the nodes of torchrun or of the step; torchrun's ranks do not know them
   local config=$1
   shift
-  if [ "${PLAN_FOR:=h100-80gb}" = none ] || [ -z "${NNODES:-}" ]; then return; fi
-  "$PYTHON" -m megarlhf plan --config "$config" --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE" --gpu "$PLAN_FOR" "$@" >&2 || true
+  if [ "${PLAN_FOR:=h100-80gb}" = none ] || [ -z "$plan_nodes" ]; then return; fi
+  "$PYTHON" -m megarlhf plan --config "$config" --nodes "$plan_nodes" --gpus-per-node "$plan_gpus" --gpu "$PLAN_FOR" "$@" >&2 || true
 }
 
 start_stage() { # start_stage STAGE CONFIG NODES WORD...: become the program, or torchrun
-  local stage=$1 config=${CONFIG:-$repository/$2} nodes=$3 dry_run=no word name exported=() keys=()
+  local stage=$1 config=${CONFIG:-$repository/$2} nodes=$3 dry_run=no word name exported=() keys=() plan_nodes='' plan_gpus=''
   shift 3
   : "${PYTHON:=python3}"
   local command=("$PYTHON" -m megarlhf "$stage" --config "$config")
@@ -149,8 +152,15 @@ start_stage() { # start_stage STAGE CONFIG NODES WORD...: become the program, or
   done
   if [ ! -f "$config" ]; then refuse "there is no configuration $config (CONFIG names another than the script's own)"; fi
   if ! command -v "$PYTHON" >/dev/null; then refuse "there is no interpreter $PYTHON: set PYTHON to the one of megarlhf's environment"; fi
+  case ${PLAN_FOR:-none} in
+    a100-40gb | a100-80gb | h100-80gb | h200 | none) ;;
+    *) refuse "PLAN_FOR is '$PLAN_FOR'; it must be a100-40gb, a100-80gb, h100-80gb, h200 or none" ;;
+  esac
   choose_way "$nodes"
   settings
+  if [ "$dry_run" = no ] && ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' >/dev/null 2>&1; then
+    refuse "$PYTHON has no torch: set PYTHON to the interpreter of megarlhf's environment"
+  fi
   if [ "$dry_run" = yes ]; then
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
     printf -v word ' %q' "${command[@]}" && echo "${word# }"

@@ -48,6 +48,10 @@ prepare_job() { # prepare_job LAUNCHER WORD...: what runs, and where its ranks m
     echo "usage: sbatch $0 launcher/STAGE_SIZE.sh [--dry-run] [key=value ...]" >&2
     exit 2
   fi
+  if [ ! -f "$1" ]; then
+    echo "$0: there is no launcher $1 in $PWD: the first word is one of launcher/STAGE_SIZE.sh" >&2
+    exit 2
+  fi
   if [ -z "${SLURM_JOB_ID:-}" ] && ! is_dry_run "$@"; then
     echo "$0: this is a batch script: submit it with sbatch, or see what it does with --dry-run" >&2
     exit 2

@@ -103,6 +103,8 @@ def test_a_dry_run_plans_for_the_nodes_that_it_knows(tmp_path):
     config = str(ROOT / "examples/175b/ppo.yaml")
     plan = ["--config", config, "--nodes", "16", "--gpus-per-node", "8", "--gpu", "h200", "run.seed=2"]
     assert status == 0 and said.splitlines() == ["-m", "megarlhf", "plan", *plan] and command_of(shown)[-2:] == ["--fresh", "run.seed=2"]
+    step = STEP | MET | {"SLURM_PROCID": "0", "PYTHON": str(python), "PLAN_FOR": "h200"}
+    assert run(ROOT / "launcher/ppo_175b.sh", "--dry-run", "run.seed=2", environment=step)[2].splitlines() == ["-m", "megarlhf", "plan", *plan]
 
 
 def test_one_task_per_node_starts_torchrun_there():
@@ -134,6 +136,11 @@ REFUSED = [
     (NODE | {"NODE_RANK": "16"}, "NODE_RANK is 16 and NNODES is 16: nodes count from 0"),
     (NODE | {"NODE_RANK": "-1"}, "NODE_RANK is '-1'; it must be a whole number"),
     (NODE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'; it must be a whole number"),
+    (NODE | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999; it must be from 1 to 65535"),
+    (NODE | {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is 0; it must be from 1 to"),
+    (NODE | {"NNODES": "0"}, "NNODES is 0; it must be from 1 to"),
+    (NODE | {"PLAN_FOR": "b200"}, "PLAN_FOR is 'b200'; it must be a100-40gb, a100-80gb, h100-80gb, h200 or none"),
+    (NODE | {"PYTHON": "false"}, "false has no torch: set PYTHON to the interpreter of megarlhf's environment"),
     ({"RANK": "3", "WORLD_SIZE": "16"}, "LOCAL_RANK is not set: torchrun sets it for each rank"),
     ({"LOCAL_RANK": "3"}, "RANK is not set: torchrun sets it for each rank"),
     (STEP, "MASTER_ADDR is not set: srun's tasks find one another there"),
@@ -232,6 +239,10 @@ def test_a_batch_script_says_how_it_is_submitted():
     assert run(JOBS[0], environment=CONTAINER)[::2] == (2, f"usage: sbatch {JOBS[0]} launcher/STAGE_SIZE.sh [--dry-run] [key=value ...]\n")
     status, _, said = run(JOBS[0], "launcher/ppo_6b.sh", environment=CONTAINER)
     assert status == 2 and "submit it with sbatch" in said
+    status, _, said = run(JOBS[0], "launcher/ppo_7b.sh", "--dry-run", environment=CONTAINER)
+    assert status == 2 and f"there is no launcher launcher/ppo_7b.sh in {ROOT}" in said
+    status, _, said = run(JOBS[0], "launcher/ppo_6b.sh", "--dry-run", environment={"MEGARLHF_HOME": str(ROOT / "tests")})
+    assert status == 2 and f"{ROOT / 'tests'} is not megarlhf's folder: submit from there, or set MEGARLHF_HOME" in said
     status, _, said = run(ROOT / "launcher/slurm/pyxis.sbatch", "launcher/ppo_6b.sh", "--dry-run", environment={"MEGARLHF_HOME": str(ROOT)})
     assert status != 0 and "IMAGE" in said
 
