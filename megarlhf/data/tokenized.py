@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,13 +19,15 @@ from typing import Any, TypeVar
 from megarlhf.data.chat import Chat, Span
 from megarlhf.data.comparisons import chat_of
 from megarlhf.data.fields import Messages, require_one_rank_each
-from megarlhf.data.files import BadRecord
+from megarlhf.data.files import BadRecord, OtherRecord
 from megarlhf.data.records import Demonstration, OnBadRecord, Prompt, Ranking, RecordReport, sift
+from megarlhf.data.shares import Shares
 from megarlhf.data.tokenizers import Tokenizer, UnwritableText
 
 TokenIds = array  # array("i"): 4 bytes per token, where a list of Python integers takes 36
 T = TypeVar("T", Demonstration, Ranking, Prompt)
 R = TypeVar("R")
+ALONE = Shares()
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._num_texts = self._num_changed = self._num_unknown = self._num_with_unknown = 0
+        self._counts: Counter[str] = Counter()
         self._example = ""
 
     def encode(self, source: str, what: str, text: str) -> list[int]:
@@ -129,19 +132,27 @@ class TextEncoder:
 
     def count(self, source: str, what: str, loss: TextLoss) -> None:
         """Count what was lost of a text that was encoded elsewhere."""
-        self._num_texts += 1
-        self._num_unknown += loss.num_unknown
-        self._num_with_unknown += loss.num_unknown > 0
-        self._num_changed += loss.change != ""
-        self._example = self._example or (f"{source}, {what}: {loss.change}" if loss.change else "")
+        example = f"{source}, {what}: {loss.change}" if loss.change else ""
+        counts = {"texts": 1, "unknown": loss.num_unknown, "with unknown": int(loss.num_unknown > 0), "changed": int(loss.change != "")}
+        self.add_counts((Counter(counts), example))
+
+    @property
+    def counts(self) -> tuple[Counter[str], str]:
+        """What was lost so far, and the first example of it."""
+        return self._counts, self._example
+
+    def add_counts(self, counts: tuple[Counter[str], str]) -> None:
+        """Count what another encoder has lost of texts that come after these."""
+        self._counts.update(counts[0])
+        self._example = self._example or counts[1]
 
     def lost(self) -> str:
         """All that was lost so far in a sentence, with its first example; empty where nothing was."""
-        found = []
-        if self._num_unknown:
-            found.append(f"{self._num_unknown} tokens for unknown text in {self._num_with_unknown} of {self._num_texts} texts")
-        if self._num_changed:
-            found.append(f"{self._num_changed} of {self._num_texts} texts do not come back as they were")
+        found, of = [], self._counts
+        if of["unknown"]:
+            found.append(f"{of['unknown']} tokens for unknown text in {of['with unknown']} of {of['texts']} texts")
+        if of["changed"]:
+            found.append(f"{of['changed']} of {of['texts']} texts do not come back as they were")
         return f"the tokenizer loses text: {'; '.join(found)}{self._example and f' (the first: {self._example})'}" if found else ""
 
 
@@ -170,8 +181,9 @@ def demonstration_rows(
     max_prompt_len: int,
     max_response_len: int,
     on_bad_record: OnBadRecord = "raise",
+    shares: Shares = ALONE,
 ) -> tuple[list[DemonstrationRow], RecordReport]:
-    """Encode demonstrations; `max_response_len` counts the EOS. Raises BadRecord."""
+    """Encode demonstrations; `max_response_len` counts the EOS. Raises BadRecord, with `shares` on every rank."""
 
     def convert(record: Demonstration, encoder: TextEncoder) -> DemonstrationRow:
         if not isinstance(record.prompt, str):
@@ -185,7 +197,7 @@ def demonstration_rows(
             record.source,
         )
 
-    return _rows(records, convert, tokenizer, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record, shares)
 
 
 def ranking_rows(
@@ -195,8 +207,9 @@ def ranking_rows(
     max_prompt_len: int,
     max_response_len: int,
     on_bad_record: OnBadRecord = "raise",
+    shares: Shares = ALONE,
 ) -> tuple[list[RankingRow], RecordReport]:
-    """Encode rankings; one completion out of limits makes its whole ranking bad. Raises BadRecord."""
+    """Encode rankings; one completion out of limits makes its whole ranking bad. Raises BadRecord, with `shares` on every rank."""
 
     def convert(record: Ranking, encoder: TextEncoder) -> RankingRow:
         prompt_ids = _prompt_ids(record, encoder, max_prompt_len)
@@ -207,29 +220,54 @@ def ranking_rows(
         require_one_rank_each(record.source, map(tuple, response_ids), record.ranks)  # texts may differ where their tokens do not
         return RankingRow(prompt_ids, response_ids, record.ranks, record.source, record.group)
 
-    return _rows(records, convert, tokenizer, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record, shares)
 
 
 def prompt_rows(
-    records: Sequence[Prompt], tokenizer: Tokenizer, *, max_prompt_len: int, on_bad_record: OnBadRecord = "raise"
+    records: Sequence[Prompt], tokenizer: Tokenizer, *, max_prompt_len: int, on_bad_record: OnBadRecord = "raise", shares: Shares = ALONE
 ) -> tuple[list[PromptRow], RecordReport]:
-    """Encode prompts. Raises BadRecord."""
+    """Encode prompts. Raises BadRecord, with `shares` on every rank."""
 
     def convert(record: Prompt, encoder: TextEncoder) -> PromptRow:
         return PromptRow(_prompt_ids(record, encoder, max_prompt_len), record.source, record.fields)
 
-    return _rows(records, convert, tokenizer, on_bad_record)
+    return _rows(records, convert, tokenizer, on_bad_record, shares)
 
 
 def _rows(
-    records: Sequence[T], convert: Callable[[T, TextEncoder], R], tokenizer: Tokenizer, on_bad_record: OnBadRecord
+    records: Sequence[T], convert: Callable[[T, TextEncoder], R], tokenizer: Tokenizer, on_bad_record: OnBadRecord, shares: Shares
 ) -> tuple[list[R], RecordReport]:
     # The rows come from the files of the records: "a.jsonl:12" is line 12 of a.jsonl.
     files = dict.fromkeys(record.source.rpartition(":")[0] for record in records)
-    encoder = TextEncoder(tokenizer)
     source = ", ".join(files) or "the records"
-    rows, report = sift(source, records, lambda record: convert(record, encoder), on_bad_record=on_bad_record)
-    return rows, replace(report, lost=encoder.lost())
+    mine, whole = TextEncoder(tokenizer), TextEncoder(tokenizer)
+    outcomes: list[R | ValueError] = []
+    for part, counts in shares.exchange((_outcomes(shares.of(records), convert, mine, on_bad_record), mine.counts)):
+        outcomes += part
+        whole.add_counts(counts)
+    rows, report = sift(source, outcomes, _row_of, on_bad_record=on_bad_record)
+    return rows, replace(report, lost=whole.lost())
+
+
+def _outcomes(
+    records: Sequence[T], convert: Callable[[T, TextEncoder], R], encoder: TextEncoder, on_bad_record: OnBadRecord
+) -> list[R | ValueError]:
+    """Each record's row, or what is wrong with it, up to what ends the run in any case."""
+    found: list[R | ValueError] = []
+    for record in records:
+        try:
+            found.append(convert(record, encoder))
+        except ValueError as error:
+            found.append(error)
+            if not isinstance(error, BadRecord) or (on_bad_record == "raise" and not isinstance(error, OtherRecord)):
+                break
+    return found
+
+
+def _row_of(outcome: R | ValueError) -> R:
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
 
 
 def _prompt_ids(record: Demonstration | Ranking | Prompt, encoder: TextEncoder, max_prompt_len: int) -> TokenIds:

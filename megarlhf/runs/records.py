@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from megarlhf.config.relations import task_name
@@ -13,6 +14,7 @@ from megarlhf.data.answers import Answer, AnswerRow, Label, answer_rows, answers
 from megarlhf.data.corpus import Corpus
 from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.records import RecordReport, read_demonstrations, read_prompts, read_rankings
+from megarlhf.data.shares import Shares
 from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows
 from megarlhf.data.tasks import read_task
 from megarlhf.data.tokenized import (
@@ -50,11 +52,14 @@ class Records:
 
     Files are called by the keys of the configuration that name them. `apart_from` is the key of what is trained on, where the
     file is for validation; `batch` says how much is drawn from it at a time.
+
+    With a `world` every rank must ask for the same files in the same order: records are tokenized in shares over its ranks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig, world: World | None = None) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
+        self.world = world
         self.problems: list[str] = []
         self.notes: list[str] = []
         """What was read, what of it was left out and why, and what of it is doubtful: a line for each."""
@@ -68,12 +73,12 @@ class Records:
         self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None
     ) -> list[DemonstrationRow]:
         """{"prompt", "response"} as rows; none without a path."""
-        rows = self._rows(key, path, read_demonstrations, demonstration_rows, **self._lengths())
+        rows = self._rows(key, path, read_demonstrations, demonstration_rows, in_shares=True, **self._lengths())
         return self._checked(key, rows, apart_from, batch)
 
     def rankings(self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None) -> list[RankingRow]:
         """Rankings and pairs as rows, those that compare anything; none without a path."""
-        rows = self._rows(key, path, read_rankings, ranking_rows, **self._lengths())
+        rows = self._rows(key, path, read_rankings, ranking_rows, in_shares=True, **self._lengths())
         compared = [row for row in rows if len(set(row.ranks)) > 1]
         if rows and not compared:
             self.problems.append(f"{key}: {path} compares nothing: each of its {len(rows)} rankings is one tie; rank some response higher")
@@ -83,7 +88,7 @@ class Records:
 
     def prompts(self, key: str, path: str | None, *, apart_from: str | None = None, batch: Batch | None = None) -> list[PromptRow]:
         """{"prompt"} as rows; none without a path."""
-        rows = self._rows(key, path, read_prompts, prompt_rows, max_prompt_len=self.limits.max_prompt_len)
+        rows = self._rows(key, path, read_prompts, prompt_rows, in_shares=True, max_prompt_len=self.limits.max_prompt_len)
         return self._checked(key, rows, apart_from, batch)
 
     def tasks(self, key: str, paths: Sequence[str], *, shots: int | None, seed: int) -> dict[str, list[TaskRow]]:
@@ -163,22 +168,38 @@ class Records:
         read: Callable,
         convert: Callable[..., tuple[list[R], RecordReport]],
         fingerprint: Callable[[list[R]], str] = rows_fingerprint,
-        **lengths: int,
+        *,
+        in_shares: bool = False,
+        **how: int | Shares,
     ) -> list[R]:
         if path is None:
             return []
-        rows = _noting(self.problems, self._read, path, read, convert, **lengths) or []
+        records, report = _noting(self.problems, read, path, on_bad_record=self.limits.on_bad_record) or (None, None)
+        if in_shares:
+            how["shares"] = self._shares(records)
+        if records is None:
+            return []
+        rows, fit = _noting(self.problems, convert, records, self.tokenizer, **how, on_bad_record=self.limits.on_bad_record) or ([], None)
+        if fit is not None:
+            self._note(report)
+            self._note(fit if fit.num_skipped else None)
+            self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows
 
-    def _read(self, path: str | Path, read: Callable, convert: Callable[..., tuple[list[R], RecordReport]], **lengths: int) -> list[R]:
-        records, report = read(path, on_bad_record=self.limits.on_bad_record)
-        rows, fit = convert(records, self.tokenizer, **lengths, on_bad_record=self.limits.on_bad_record)
-        self._note(report)
-        self._note(fit if fit.num_skipped else None)
-        self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
-        return rows
+    def _shares(self, records: Sequence | None) -> Shares:
+        """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.
+
+        `records`: what this rank has read; None where it could not.
+        """
+        if self.world is None or self.world.size == 1:
+            return Shares()
+        content = hashlib.sha256()
+        for record in records or ():
+            content.update(pickle.dumps(record))
+        alike = len(set(gather_objects((records is None, content.digest())))) == 1
+        return Shares(self.world.rank, self.world.size, gather_objects) if alike else Shares()
 
     def _note(self, report: RecordReport | None) -> None:
         """Note what was read, and what of it was left out."""

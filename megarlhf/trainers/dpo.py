@@ -36,7 +36,7 @@ class DirectPreferenceOptimization(Stage):
         self.config = config
         s, data = config.dpo, config.data
         self.tokenizer = open_tokenizer(config.tokenizer, run.world)
-        records = Records(self.tokenizer, config.limits)
+        records = Records(self.tokenizer, config.limits, run.world)
         self.rankings = records.rankings("data.train", data.train, batch=("batch_size", config.batch_size))
         valid = records.rankings("data.valid", data.valid, apart_from="data.train")
         section = "data.pretraining"

@@ -72,7 +72,7 @@ class Evaluation:
         self.config = config
         self.run = run
         self.tokenizer = open_tokenizer(config.tokenizer, run.world)
-        records = Records(self.tokenizer, config.limits)
+        records = Records(self.tokenizer, config.limits, run.world)
         self.data = _Data.read(config, records, self.tokenizer)
         self.inputs = inputs_of(config, records.fingerprints, self.data.prompts)
         problems = records.agree(run.world) + (answers_to_other_input(run, self.inputs) if config.prompts else [])

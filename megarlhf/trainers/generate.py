@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 256
 def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     """`megarlhf generate`: responses to each prompt, into <run.dir>/responses.jsonl; goes on after any interruption."""
     tokenizer = open_tokenizer(config.tokenizer, run.world)
-    records = Records(tokenizer, config.limits)
+    records = Records(tokenizer, config.limits, run.world)
     prompts = records.prompts("prompts", config.prompts)
     inputs = inputs_of(config, records.fingerprints, prompts)
     problems = [*records.agree(run.world), *answers_to_other_input(run, inputs)]

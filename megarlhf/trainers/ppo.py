@@ -281,7 +281,7 @@ class ProximalPolicyOptimization(Stage):
 def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
     """`megarlhf ppo`."""
     tokenizer = open_tokenizer(config.tokenizer, run.world)
-    records = Records(tokenizer, config.limits)
+    records = Records(tokenizer, config.limits, run.world)
     samples = config.ppo.samples_per_prompt
     batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
     prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)

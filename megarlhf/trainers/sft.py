@@ -36,7 +36,7 @@ class SupervisedFineTuning(Stage):
         self.config = config
         data = config.data
         self.tokenizer = open_tokenizer(config.tokenizer, run.world)
-        records = Records(self.tokenizer, config.limits)
+        records = Records(self.tokenizer, config.limits, run.world)
         self.demonstrations = records.demonstrations("data.train", data.train, batch=("batch_size", config.batch_size))
         valid = records.demonstrations("data.valid", data.valid, apart_from="data.train")
         mix, section = config.pretraining_mix, "data.pretraining"

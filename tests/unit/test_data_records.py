@@ -1,13 +1,17 @@
 """Records: each kind of bad input is refused with its line, or counted; nothing is dropped in silence."""
 
+import contextlib
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from megarlhf.data.collation import ranking_batch
+from megarlhf.data.fields import Message
 from megarlhf.data.files import BadRecord
 from megarlhf.data.records import Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
+from megarlhf.data.shares import Shares
 from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows, rows_fingerprint
 from megarlhf.data.tokenizers import UnwritableText
 
@@ -144,6 +148,7 @@ def test_a_wrong_policy_is_refused_and_a_bad_record_can_be_pickled(tmp_path):
 class Letters:
     """One token per letter; spaces give none."""
 
+    path = Path("of/letters")  # where no template is
     vocab_size, eos_id, pad_id, unk_id = 128, 0, 1, None
 
     def encode(self, text):
@@ -267,3 +272,39 @@ def test_prompts_out_of_limits_are_refused_or_counted():
         prompt_rows(records, Letters(), max_prompt_len=3)
     _, report = prompt_rows(records, Letters(), max_prompt_len=3, on_bad_record="skip")
     assert str(report) == "f, g: kept 1 of 3 records, skipped 2 (1 empty after tokenization, 1 prompt over limit)"
+
+
+def on_rank_of(size, rank, convert, records, **how):
+    """What rank `rank` of `size` gets that share the work, and what all of them have handed over."""
+    parts = []
+    for other in range(size):
+        with contextlib.suppress(ValueError):
+            convert(records, Letters(), shares=Shares(other, size, lambda mine: parts.append(mine) or [mine]), **how)
+    return outcome_of(convert, records, shares=Shares(rank, size, lambda mine: pickle.loads(pickle.dumps(parts))), **how), parts
+
+
+def outcome_of(convert, records, **how):
+    try:
+        return convert(records, Letters(), **how)
+    except ValueError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("on_bad_record", ["raise", "skip"])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_ranks_that_share_the_work_get_what_one_alone_gets(size, on_bad_record):
+    texts = ["good", "b d", "far too long for it", "d e", "x" * 20, "ok"]
+    cases = [
+        (demonstration_rows, [Demonstration(text, "r", f"f:{i}") for i, text in enumerate(texts)], {"max_response_len": 9}),
+        (ranking_rows, [Ranking(text, ("a", "b c"), (1, 2), f"f:{i}") for i, text in enumerate(texts)], {"max_response_len": 9}),
+        (prompt_rows, [Prompt(text, f"f:{i}", {"id": i}) for i, text in enumerate(texts)], {}),
+        (prompt_rows, [Prompt("fine", f"f:{i}", {}) for i in range(3)], {}),
+        (prompt_rows, [Prompt("plain", "f:1", {}), Prompt((Message("user", "chat"),), "f:2", {}), Prompt("p", "f:3", {})], {}),
+    ]
+    for convert, records, limits in cases:
+        how = {"max_prompt_len": 9, "on_bad_record": on_bad_record, **limits}
+        alone = outcome_of(convert, records, **how)
+        for rank in range(size):
+            shared, parts = on_rank_of(size, rank, convert, records, **how)
+            assert shared == alone
+            assert sum(len(outcomes) for outcomes, _ in parts) <= len(records) and len(parts) == size
