@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from megarlhf.storage.files import system_error
 if TYPE_CHECKING:
     from megarlhf.planning.plan import Plan
 
+MOST_TRIED = 3
+"""Of what a search has found: dry runs until one fits."""
 SUMMARY = "Plan a run: memory of every kind of rank in every phase, time, and whether it fits; exit status 1 where it does not."
 
 
@@ -71,20 +74,23 @@ def _said(plan: Plan, options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluster) -> int:
-    from megarlhf.planning.models import run_models
+    from megarlhf.planning.cheap_model import CheapModel
     from megarlhf.planning.plan import make_plan
-    from megarlhf.planning.search import Estimator, search
     from megarlhf.planning.search import as_text as as_ranking
+    from megarlhf.planning.search import search
 
-    estimator = Estimator(options.config, options.overrides, given, cluster)
-    found = search(estimator)
+    model = CheapModel(options.config, options.overrides, given, cluster)
+    found = search(model)
     print(as_ranking(found, cluster), flush=True)
     if not found.best:
         return 1
-    best = found.best[0]
-    keys = best.choice.overrides(estimator.models)
-    plan = make_plan(run_models(options.config, estimator.with_keys(keys), given, cluster.num_ranks), cluster)
-    print(f"the first of them, dry-run: {' '.join(keys)}\n", flush=True)
+    for number, best in enumerate(found.best[:MOST_TRIED], start=1):
+        plan = make_plan(model.models_of(best.choice), cluster)
+        keys = shlex.join(best.choice.overrides(model.models))
+        print(f"number {number} of them, dry-run, takes {plan.step_seconds:.1f} s: {keys}\n", flush=True)
+        if plan.fits:
+            break
+        print(f"{plan.verdict[-1]}\n", flush=True)
     return _said(plan, options)
 
 

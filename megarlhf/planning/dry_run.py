@@ -8,11 +8,13 @@ of all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,8 @@ class Part:
     """Of all micro-batches of a step."""
     micro_batches: int = 0
     """That follow one another through the pipeline without its running empty; 0 where nothing does."""
+    each: tuple[Cost, ...] = ()
+    """Forward and backward passes: of one micro-batch of each term."""
 
 
 @dataclass
@@ -80,11 +84,16 @@ class Batch:
 class Recorder:
     """Runs engines' phases under a meter and notes what they show."""
 
-    def __init__(self, world: World, meter: Meter, *, gpus_per_node: int) -> None:
-        self.world, self.meter = world, meter
+    def __init__(self, world: World, meter: Meter, *, gpus_per_node: int, only: Collection[str] | None = None) -> None:
+        """`only`: the phases that are wanted beside "build"; None: all."""
+        self.world, self.meter, self.only = world, meter, only
         self.gpus_per_node = gpus_per_node
         self.run = RankRun(world.rank)
         self.engines: dict[str, Engine] = {}
+
+    def wants(self, phase: str) -> bool:
+        """Whether a phase is to be run."""
+        return self.only is None or phase in self.only
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -161,14 +170,14 @@ class Recorder:
         counts[most] = max(unit, min(totals[most], -(-full // unit) * unit))
         terms = [batch.make(self._units(engine, batch, count)) for batch, count in zip(batches, counts, strict=True)]
         passes, finalize, update = self._step(engine, terms)
-        cost = first.scaled(sum(amounts) / unit / len(batches))
+        each = [first * (1 / unit / len(batches))] * len(batches)
         if counts[most] > unit:
-            of_most = (passes - first).scaled(1 / (counts[most] - unit))
-            of_others = (first - of_most.scaled(unit)).scaled(1 / unit / max(1, len(batches) - 1))
-            cost = of_most.scaled(amounts[most]) + of_others.scaled(sum(amounts) - amounts[most])
-        number = sum(totals)
+            of_most = (passes - first) * (1 / (counts[most] - unit))
+            of_others = (first - of_most * unit) * (1 / unit / max(1, len(batches) - 1))
+            each = [of_most if number == most else of_others for number in range(len(batches))]
+        cost = functools.reduce(add, (of_one * (amount * steps) for of_one, amount in zip(each, amounts, strict=True)))
         self.run.parts += [
-            Part(phase, role, "forward and backward", cost.scaled(steps), micro_batches=number),
+            Part(phase, role, "forward and backward", cost, micro_batches=sum(totals), each=tuple(each)),
             Part(phase, role, "gradient sums", finalize.scaled(steps)),
             Part(phase, role, "optimizer", update.scaled(steps)),
         ]

@@ -80,6 +80,9 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return self.scaled(1, other, -1)
 
+    def __mul__(self, factor: float) -> Cost:
+        return self.scaled(factor)
+
     def scaled(self, factor: float, other: Cost | None = None, by: float = 1.0) -> Cost:
         """factor * self + by * other."""
         other = other or Cost()
@@ -98,8 +101,10 @@ class Meter(TorchDispatchMode):
     Bytes are those of live storages: views count once, and what autograd keeps counts for as long as it does.
     """
 
-    def __init__(self, device: torch.device, same_node: Callable[[int], bool] = lambda rank: True) -> None:
-        """`same_node`: whether a rank is on this one's node."""
+    def __init__(
+        self, device: torch.device, same_node: Callable[[int], bool] = lambda rank: True, known: dict[tuple, Repetition] | None = None
+    ) -> None:
+        """`same_node`: whether a rank is on this one's node; `known`: operations of earlier meters, to which this one's are added."""
         super().__init__()
         self.device = device
         self.same_node = same_node
@@ -115,7 +120,7 @@ class Meter(TorchDispatchMode):
         self._tag = "other"
         self._total = self._peak_total = 0
         self._storages: dict[int, tuple[int, str]] = {}
-        self._known: dict[tuple, Repetition] = {}
+        self._known = {} if known is None else known
 
     @contextlib.contextmanager
     def tagged(self, tag: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ from megarlhf.planning.estimate import part_seconds
 from megarlhf.planning.hardware import Cluster
 from megarlhf.planning.models import RunModels
 from megarlhf.planning.rank_classes import RankClass, rank_classes
-from megarlhf.planning.stages import dry_run
+from megarlhf.planning.stages import Job, dry_run_each
 from megarlhf.planning.work import PF_DAY, Work, work_of
 from megarlhf.storage.tensors import BUFFER_BYTES
 
@@ -154,17 +154,17 @@ class Plan:
 def make_plan(models: RunModels, cluster: Cluster, *, processes: int = PROCESSES) -> Plan:
     """Dry-run one rank of each class: see `dry_runs`."""
     classes = rank_classes(models)
-    runs = dry_runs([(models, of.rank) for of in classes], cluster.gpus_per_node, processes=processes)
+    runs = dry_runs([Job(models, of.rank, cluster.gpus_per_node) for of in classes], processes=processes)
     return Plan(models, cluster, classes, runs, work_of(models))
 
 
-def dry_runs(jobs: Sequence[tuple[RunModels, int]], gpus_per_node: int, *, processes: int = PROCESSES) -> list[RankRun]:
-    """Of each (models, rank), so many at a time in processes of their own; with one process in this one, which must not be in a world."""
-    models, ranks = zip(*jobs, strict=True)
-    nodes = [gpus_per_node] * len(jobs)
+def dry_runs(jobs: Sequence[Job], *, processes: int = PROCESSES) -> list[RankRun]:
+    """Of each job, shared out over processes of their own; with one process in this one, which must not be in a world."""
     if processes == 1:
-        return list(map(dry_run, models, ranks, nodes))
+        return dry_run_each(jobs)
+    share = -(-len(jobs) // processes)
+    hands = [jobs[start : start + share] for start in range(0, len(jobs), share)]  # alike ones together: one knows what another has seen
     spawn = multiprocessing.get_context("spawn")
     quiet = mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "ERROR"})  # torch wonders about process groups without a backend
-    with quiet, concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn) as pool:
-        return list(pool.map(dry_run, models, ranks, nodes))
+    with quiet, concurrent.futures.ProcessPoolExecutor(len(hands), mp_context=spawn) as pool:
+        return [run for of_hand in pool.map(dry_run_each, hands) for run in of_hand]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -24,7 +24,8 @@ from megarlhf.planning import rows
 from megarlhf.planning.dry_run import Batch, Part, RankRun, Recorder
 from megarlhf.planning.fake_world import DEVICE, fake_world
 from megarlhf.planning.meter import Cost, Meter
-from megarlhf.planning.models import RunModels
+from megarlhf.planning.models import HEADS, RunModels
+from megarlhf.planning.repetition import Repetition
 from megarlhf.planning.work import completions_of_prompt
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_models import PpoModels
@@ -41,12 +42,35 @@ class Ends:
     pad_id: int = 0
 
 
+@dataclass(frozen=True)
+class Job:
+    """One rank of a run, to be run through a step."""
+
+    models: RunModels
+    rank: int
+    gpus_per_node: int
+    only: Collection[str] | None = None
+    """The phases that are wanted beside "build"; None: all."""
+
+
 def dry_run(models: RunModels, rank: int, gpus_per_node: int) -> RankRun:
     """Run one rank of the run through a step; this process must not be in a world."""
-    with fake_world(rank, models.num_ranks) as world, _old_objects_left_alone():
-        with Meter(DEVICE, lambda other: other // gpus_per_node == rank // gpus_per_node) as meter:
-            recorder = Recorder(world, meter, gpus_per_node=gpus_per_node)
-            STAGES[models.config.stage](models, world, recorder)
+    return dry_run_each([Job(models, rank, gpus_per_node)])[0]
+
+
+def dry_run_each(jobs: Sequence[Job]) -> list[RankRun]:
+    """One after the other; what operations one has seen the next knows."""
+    known: dict[tuple, Repetition] = {}
+    with _old_objects_left_alone():
+        return [_dry_run(job, known) for job in jobs]
+
+
+def _dry_run(job: Job, known: dict[tuple, Repetition]) -> RankRun:
+    node = job.rank // job.gpus_per_node
+    with fake_world(job.rank, job.models.num_ranks) as world:
+        with Meter(DEVICE, lambda other: other // job.gpus_per_node == node, known) as meter:
+            recorder = Recorder(world, meter, gpus_per_node=job.gpus_per_node, only=job.only)
+            STAGES[job.models.config.stage](job.models, world, recorder)
     return recorder.run
 
 
@@ -79,6 +103,8 @@ def _build(models: RunModels, world: World, recorder: Recorder, *, dropout: floa
 
 def _save(recorder: Recorder) -> None:
     """What the loop does before it writes; beside that a save holds one buffer (storage/tensors.py)."""
+    if not recorder.wants("save"):
+        return
     with recorder.phase("save"):
         for role, engine in recorder.engines.items():
             if isinstance(engine, TrainEngine):
@@ -105,7 +131,7 @@ def _sft(models: RunModels, world: World, recorder: Recorder) -> None:
         at_once = _rows_at_once(config.model, seq_len)
         batches.append(Batch(lambda n: Term("pretraining", loss, rows.text(n, seq_len), weight=mix), num_rows, at_once))
     _train_alone(models, world, recorder, batches, dropout=config.dropout)
-    if config.reward is None:
+    if config.reward is None or not recorder.wants("generate"):
         return
     model, sampling = recorder.engines["model"], config.sampling
     _generate(recorder, "model", generator_of(model, Ends()), lengths[0], sampling, num_rows=0)
@@ -127,11 +153,12 @@ def _dpo(models: RunModels, world: World, recorder: Recorder) -> None:
     """The reference is asked once, before the model is built, and let go of: its time is spread over the steps."""
     config, s = models.config, models.config.dpo
     lengths, completions = _lengths(config.limits), completions_of_prompt(config)[0]
-    with recorder.phase("score"):
-        _build(models, world, recorder, roles=("reference",))
-        batch = rows.preferences(config.batch_size, completions, *lengths)
-        recorder.forward("score", "reference", _judged, batch, of_a_step=1 / config.epochs)
-    recorder.let_go("reference")
+    if recorder.wants("score"):
+        with recorder.phase("score"):
+            _build(models, world, recorder, roles=("reference",))
+            batch = rows.preferences(config.batch_size, completions, *lengths)
+            recorder.forward("score", "reference", _judged, batch, of_a_step=1 / config.epochs)
+        recorder.let_go("reference")
     loss = DpoLoss(kind=s.loss, beta=s.beta, label_smoothing=s.label_smoothing)
     at_once = max(1, _rows_at_once(config.model, sum(lengths)) // completions)
     batches = [Batch(lambda n: Term("dpo", loss, rows.preferences(n, completions, *lengths)), config.batch_size, at_once)]
@@ -166,33 +193,35 @@ def _ppo(models: RunModels, world: World, recorder: Recorder) -> None:
         engines = recorder.engines
         engines["policy"].start_ema(s.ema_decay)
         engines["policy"].offload.rest()
-        absent = {role: None for role in ("value", "reward") if role not in engines}
+        absent = {role: None for role in HEADS["ppo"] if role not in engines}
         roles = PpoModels(**engines, **absent, generation_groups=world.groups(models.generation), notes=())
         recorder.use(roles.generation_groups)
         with recorder.meter.tagged("generation: weights"):
             generator = PolicyGenerator(roles, Ends(), verify="never")
 
-    trained, steps = _ppo_batches(config, lengths), s.epochs * (s.batch_size // s.minibatch_size)
+    trained = {role: batches for role, batches in _ppo_batches(config, lengths).items() if role in engines}
     first = {role: recorder.warm_up(role, batches) for role, batches in trained.items()}
-
-    recorder.turn_to("reshard", roles)
-    with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
-        with recorder.meter.tagged("generation: weights"):
-            generator.allocate()
-        recorder.once("reshard", "policy", "publish", generator.publish)
-    recorder.turn_to("generate", roles)
-    recorder.use(roles.generation_groups)
-    _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size, samples=s.samples_per_prompt)
-    generator.release()
-    recorder.turn_to("score", roles)
-    with recorder.phase("score"):
-        _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
-    recorder.turn_to("update", roles)
-    with recorder.phase("update"):
-        for role, batches in trained.items():
-            recorder.update("update", role, batches, first[role], steps=steps)
-        recorder.turn_to("average", roles, part_of="update")
-        recorder.once("update", "policy", "average", roles.policy.ema.update)
+    if recorder.wants("generate"):
+        recorder.turn_to("reshard", roles)
+        with recorder.phase("reshard"), recorder.meter.tagged("buckets"):
+            with recorder.meter.tagged("generation: weights"):
+                generator.allocate()
+            recorder.once("reshard", "policy", "publish", generator.publish)
+        recorder.turn_to("generate", roles)
+        recorder.use(roles.generation_groups)
+        _generate(recorder, "policy", generator.generator, lengths[0], sampling, num_rows=s.batch_size, samples=s.samples_per_prompt)
+        generator.release()
+    if recorder.wants("score"):
+        recorder.turn_to("score", roles)
+        with recorder.phase("score"):
+            _score(recorder, rows.experience(s.batch_size, *lengths), recompute=s.recompute_logprobs, temperature=sampling.temperature)
+    if recorder.wants("update"):
+        recorder.turn_to("update", roles)
+        with recorder.phase("update"):
+            for role, batches in trained.items():
+                recorder.update("update", role, batches, first[role], steps=s.epochs * (s.batch_size // s.minibatch_size))
+            recorder.turn_to("average", roles, part_of="update")
+            recorder.once("update", "policy", "average", roles.policy.ema.update)
     _save(recorder)
 
 
@@ -226,7 +255,8 @@ def _score(recorder: Recorder, episodes: Experience, *, recompute: bool, tempera
     if "reward" in recorder.engines:
         recorder.forward("score", "reward", lambda engine, of: engine.scores(of), episodes)
     for role in ("policy", "reference") if recompute else ("reference",):
-        recorder.forward("score", role, judged, episodes)
+        if role in recorder.engines:
+            recorder.forward("score", role, judged, episodes)
     if "value" in recorder.engines:
         recorder.forward("score", "value", lambda engine, of: engine.values(of, of.response_mask), episodes)
 

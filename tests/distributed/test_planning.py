@@ -7,7 +7,7 @@ import yaml
 
 from megarlhf.config import load_stage_config
 from megarlhf.planning.models import run_models
-from megarlhf.planning.stages import dry_run
+from megarlhf.planning.stages import Job, dry_run_each
 from tests.scale.proof import SHAPES, prove, run_for_real
 
 WIDE = {"num_layers": 6, "hidden_size": 64, "num_heads": 4, "max_seq_len": 64}
@@ -59,8 +59,7 @@ def write_ppo(folder, layouts, precision):
 def test_what_a_plan_says_of_each_rank_is_what_torch_holds(layouts, precision, tmp_path, ranks4):
     models = write_ppo(tmp_path, layouts, precision)
     real = ranks4.run(run_for_real, models)
-    for rank in range(4):
-        planned = dry_run(models, rank, 2)
+    for rank, planned in enumerate(dry_run_each([Job(models, rank, 2) for rank in range(4)])):
         assert planned.held == real[rank].held
         assert planned.host_bytes == real[rank].host_bytes > 0
         assert planned.peaks.keys() == real[rank].peaks.keys()

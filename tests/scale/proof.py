@@ -26,7 +26,7 @@ from megarlhf.planning.dry_run import RankRun, Recorder
 from megarlhf.planning.holdings import bytes_held
 from megarlhf.planning.meter import Meter
 from megarlhf.planning.models import RunModels, run_models
-from megarlhf.planning.stages import STAGES, dry_run
+from megarlhf.planning.stages import STAGES, Job, dry_run_each
 from megarlhf.resharding.near_memory import NearMemory
 from megarlhf.runs.models import ModelPlan
 from tests.distributed.harness import RankProcesses, Ranks
@@ -89,8 +89,8 @@ def prove(recipe: Path, runs: Path, ranks: Ranks, shape: Shape) -> Proof:
     models = run_models(yaml, keys, {}, shape.num_ranks)
     seen = ranks.run(trained_and_planned, yaml, [f"run.dir={runs / 'ppo'}", *keys], models)
     wrong, peak = [], 0.0
-    for rank, (held, host_bytes, real) in enumerate(seen):
-        plan = dry_run(models, rank, shape.num_ranks // 2)
+    plans = dry_run_each([Job(models, rank, shape.num_ranks // 2) for rank in range(shape.num_ranks)])
+    for rank, ((held, host_bytes, real), plan) in enumerate(zip(seen, plans, strict=True)):
         wrong += [f"rank {rank}: {role} holds {held[role]}, planned {plan.held[role]}" for role in held if held[role] != plan.held[role]]
         if host_bytes != plan.host_bytes or not host_bytes:
             wrong.append(f"rank {rank}: {host_bytes} bytes rest on the host, planned {plan.host_bytes}")

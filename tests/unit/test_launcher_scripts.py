@@ -104,7 +104,8 @@ def test_a_dry_run_plans_for_the_nodes_that_it_knows(tmp_path):
     plan = ["--config", config, "--nodes", "16", "--gpus-per-node", "8", "--gpu", "h200", "run.seed=2"]
     assert status == 0 and said.splitlines() == ["-m", "megarlhf", "plan", *plan] and command_of(shown)[-2:] == ["--fresh", "run.seed=2"]
     step = STEP | MET | {"SLURM_PROCID": "0", "PYTHON": str(python), "PLAN_FOR": "h200"}
-    assert run(ROOT / "launcher/ppo_175b.sh", "--dry-run", "run.seed=2", environment=step)[2].splitlines() == ["-m", "megarlhf", "plan", *plan]
+    said = run(ROOT / "launcher/ppo_175b.sh", "--dry-run", "run.seed=2", environment=step)[2]
+    assert said.splitlines() == ["-m", "megarlhf", "plan", *plan]
 
 
 def test_one_task_per_node_starts_torchrun_there():
