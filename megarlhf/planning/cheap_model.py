@@ -98,6 +98,8 @@ class CheapModel:
         """(tp, recompute, rows of a micro-batch) -> what was measured."""
         self.sampling: dict[tuple[int, int], Sampling] = {}
         """(tp, rows of a micro-batch) -> what was measured."""
+        self._sampling_with: dict[tuple[int, float], Sampling] = {}
+        """(tp, rows of the generator at a time) -> between those."""
         self._kept_by: dict[tuple, dict[str, int]] = {}
         self._calibrate(processes)
 
@@ -196,11 +198,15 @@ class CheapModel:
 
     def _generating(self, choice: Choice, slots: float) -> Sampling:
         """The calibration for generation with so many rows at a time."""
-        measured = {self._slots(size): self.sampling[choice.layout.tp, size] for size in SIZES}
-        numbers = sorted(measured)
-        above = next((at for at, number in enumerate(numbers) if number >= slots and at), len(numbers) - 1)
-        less, more = numbers[max(0, above - 1)], numbers[above]
-        return measured[less].mixed(measured[more], (slots - less) / (more - less)) if more > less else measured[more]
+        tp = choice.layout.tp
+        if (tp, slots) not in self._sampling_with:
+            measured = {self._slots(size): self.sampling[tp, size] for size in SIZES}
+            numbers = sorted(measured)
+            above = next((at for at, number in enumerate(numbers) if number >= slots and at), len(numbers) - 1)
+            less, more = numbers[max(0, above - 1)], numbers[above]
+            share = (slots - less) / (more - less) if more > less else 0.0
+            self._sampling_with[tp, slots] = measured[less].mixed(measured[more], share)
+        return self._sampling_with[tp, slots]
 
     def estimate(self, choice: Choice) -> Estimate:
         """What a candidate holds and takes."""
