@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarlhf.generation.cache import SlotCache
-from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, slots_within
+from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, read_together, slots_within
 
 PROMPT = st.tuples(st.integers(1, 30), st.integers(1, 4))  # length, rows
 ROWS = st.lists(PROMPT, min_size=1, max_size=12)
@@ -59,6 +59,8 @@ def test_rows_go_through_slots_with_their_own_prompts(prompts, limits, size, dat
         for source, target in slots.leave(ended):
             assert target in ended and source not in ended
             cache[target] = list(cache[source])
+        for target, content in [(target, cache[source]) for source, target in slots.put_in_order(call=2)]:
+            cache[target] = content
         assert sorted(slot.row.number for slot in slots.held) == sorted(left)
         steps += 1
     assert all(1 <= given_tokens[row.number] <= row.limit for row in rows)
@@ -95,6 +97,26 @@ def test_a_budget_holds_whole_slots_or_is_refused_with_what_one_takes():
         slots_within(99, 100, wanted=7, capacity=4)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(0, 100))
+def test_every_slot_is_read_in_one_call_and_fewer_positions_than_all_in_one(lengths, call):
+    pieces = read_together(lengths, call)
+    assert [at for piece in pieces for at in range(len(lengths))[piece]] == list(range(len(lengths))) and pieces[-1].stop == len(lengths)
+    assert sum(call + len(lengths[piece]) * max(lengths[piece]) for piece in pieces) <= call + len(lengths) * max(lengths)
+
+
+def test_slots_are_put_in_order_once_that_pays():
+    slots = Slots(deque(WaitingRow(number, number, 2 + 30 * (number % 2), 90) for number in range(16)), 16)
+    slots.admit()
+    asked, moves = 0, []
+    while not moves:
+        moves, asked = slots.put_in_order(call=1), asked + 1
+    lengths = [slot.row.length for slot in slots.held]
+    assert lengths == [32] * 8 + [2] * 8 and asked > 1 and not slots.put_in_order(call=1)
+    assert sorted(source for source, _ in moves) == sorted(target for _, target in moves)
+    assert len(read_together(lengths, 1)) == 2
+
+
 def attention(query, keys, values):
     """Of one token over all before it, heads in groups: [kv_heads, group, d], [seen, kv_heads, d] -> [kv_heads * group * d]."""
     scores = torch.einsum("kgd,skd->kgs", query, keys) / query.shape[-1] ** 0.5
@@ -105,6 +127,7 @@ def test_a_cache_attends_over_each_rows_own_tokens():
     """Prefill of unequal prompts, a copied prompt, steps at equal and unequal positions, and rows that move."""
     generator = torch.Generator().manual_seed(0)
     cache = SlotCache([1, 5], slots=5, kv_heads=2, capacity=9, head_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    cache.call_cost = 1  # so little that a call for each slot pays
     seen = {slot: ([], []) for slot in range(5)}
 
     def step(plan, positions):
@@ -132,6 +155,8 @@ def test_a_cache_attends_over_each_rows_own_tokens():
     step(Pass(4), [5, 3, 5, 5])
     cache.move([(3, 1)], 6)
     seen[1] = seen[3]
+    cache.move([(0, 2), (2, 0)], 6)
+    seen[0], seen[2] = seen[2], seen[0]
     step(Pass(3), [6, 6, 6])
     step(Pass(5, (SameLength(1, (3,)),), (SameLength(4, (4,), (0,)),)), [7, 7, 7, 1, 4])
     assert not cache._stored[1].any()
