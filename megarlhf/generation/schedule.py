@@ -50,6 +50,11 @@ class Pass:
     """Slots that take a prompt's positions from another, before anything is decoded."""
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether no row enters."""
+        return not (self.prefilled or self.copied)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the pass."""
         return self.decoded + sum(group.length * len(group.slots) for group in self.prefilled)
@@ -220,6 +225,22 @@ def dealt(rows: Sequence[WaitingRow], copies: int) -> list[list[WaitingRow]]:
             loads[copy] += _work(taken)
     first = {prompt: of_one[0].number for prompt, of_one in prompts.items()}
     return [sorted(hand, key=lambda row: (first[row.prompt], row.number)) for hand in hands]
+
+
+def level(held: Sequence[int], waiting: Sequence[deque[WaitingRow]]) -> None:
+    """Let rows that wait last at one copy of a model wait at another, until the copies differ by one row at most or none can be given.
+
+    held: rows of each copy that are being answered; how much is left of them is as unknown as of those that wait.
+    """
+    totals = [rows + len(queue) for rows, queue in zip(held, waiting, strict=True)]
+    copies = range(len(totals))
+    while givers := [copy for copy in copies if waiting[copy]]:
+        most, least = max(givers, key=lambda copy: totals[copy]), min(copies, key=lambda copy: totals[copy])
+        if totals[most] - totals[least] < 2:
+            return
+        waiting[least].append(waiting[most].pop())
+        totals[most] -= 1
+        totals[least] += 1
 
 
 def _work(part: Sequence[WaitingRow]) -> int:
