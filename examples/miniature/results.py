@@ -84,6 +84,12 @@ class Results:
         found = {point: folder for point, folder in folders.items() if (folder / "evaluation.json").exists()}
         return {point: self.point(found[point]) for point in sorted(found, key=float)} if len(found) > 1 else {}
 
+    def before_tuning(self) -> dict[str, float]:
+        """Tasks and text loss of the base model of the size that is swept: what a sweep's points lose or keep."""
+        size = next((size for size, system in self.systems if system == "base"), None)
+        numbers = self.point(self.folder(size, "base")) if size else {}
+        return {name: value for name, value in numbers.items() if name in (*TASKS, "text loss")}
+
     def point(self, folder: Path) -> dict[str, float]:
         """What one point of a sweep is shown by."""
         numbers = self.measured(folder)

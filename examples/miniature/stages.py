@@ -8,17 +8,15 @@ from dataclasses import dataclass, field, replace
 from labelling import GROUPS
 
 SYSTEMS = ("base", "prompted", "task_mix", "sft", "ppo", "ppo_ptx")
-CHOSEN = {"ptx_coef": "2.0", "kl_coef": "0.02", "learning_rate": "3e-4", "learning_rate_without_ptx": "3e-4"}
+CHOSEN = {"ptx_coef": "2.0", "kl_coef": "0.1", "learning_rate": "3e-4", "learning_rate_without_ptx": "3e-4"}
 """What the systems take, chosen on prompts_tuning.jsonl (docs/fidelity.md says what was tried)."""
 POINTS = {
     "ptx_coef": ("0.1", "0.3", "1.0", "4.0"),
-    "kl_coef": ("0.002", "0.1", "0.5", "2.0"),
+    "kl_coef": ("0.002", "0.02", "0.5", "2.0"),
     "learning_rate": ("3e-5", "1e-4", "1e-3"),
     "learning_rate_without_ptx": ("3e-5", "1e-4", "1e-3"),
 }
 """Points of the sweeps beside what was chosen, which are the smallest size's ppo_ptx and ppo themselves."""
-WITHOUT_PTX = ("ppo.ptx_coef=0", f"policy.adam.learning_rate={CHOSEN['learning_rate_without_ptx']}")
-"""Plain PPO, as the paper's, bears only a lower rate (Appendix E.9)."""
 SWEEPS = {
     "ptx_coef": "Figure 33",
     "kl_coef": "Figure 34: without ptx",
@@ -47,9 +45,9 @@ class Form:
     )
     """Layers, width and heads of each size: 0.1, 0.5, 2.8 and 16 million parameters."""
     documents: int = 20000
-    users: int = 4200  # of five prompts each
+    users: int = 3000  # of five prompts each
     demonstrations: int = 1040
-    """Most of them: comparisons cost less, and there are several times as many (Table 6)."""
+    """Most of them: comparisons cost less, and there are five times as many (Table 6: three)."""
     heldout: int = 600
     pretrain_steps: int = 600
     sft_epochs: int = 8
@@ -139,7 +137,7 @@ def _base(size: str, form: Form) -> Stage:
         f"steps={form.pretrain_steps}",
         f"schedule.warmup_steps={min(20, form.pretrain_steps // 2)}",
     )
-    return Stage(f"{size}/base", "pretrain", words, 6.3 * HEAVIER[size] * form.pretrain_steps / 1000)
+    return Stage(f"{size}/base", "pretrain", words, 1.7 * HEAVIER[size] * form.pretrain_steps / 600)
 
 
 def _init(size: str) -> Stage:
@@ -195,7 +193,7 @@ def _systems(size: str, form: Form) -> list[Stage]:
         _init(size),
         Stage(f"{size}/sft", "sft", (base, *chosen, "pretraining_mix=0"), 2 * epochs),
         Stage(f"{size}/task_mix", "sft", (base, *mix, "pretraining_mix=0", f"epochs={form.sft_epochs}"), 1 * epochs),
-        _ppo(size, "ppo", form, *WITHOUT_PTX),
+        _ppo(size, "ppo", form, "ppo.ptx_coef=0"),
         _ppo(size, "ppo_ptx", form),
     ]
     for system in SYSTEMS:
@@ -220,7 +218,7 @@ def _answers(size: str, name: str, model: str, *words: str) -> Stage:
 def words_of(sweep: str, point: str) -> tuple[str, ...]:
     """What a point of a sweep changes in what was chosen."""
     key = "policy.adam.learning_rate" if sweep.startswith("learning_rate") else f"ppo.{sweep}"
-    return (*(WITHOUT_PTX if sweep in ("kl_coef", "learning_rate_without_ptx") else ()), f"{key}={point}")
+    return (*(("ppo.ptx_coef=0",) if sweep in ("kl_coef", "learning_rate_without_ptx") else ()), f"{key}={point}")
 
 
 def _sweeps(size: str, form: Form) -> list[Stage]:
