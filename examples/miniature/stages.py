@@ -206,8 +206,10 @@ def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage
     models = [f"{model}.load={size}/ppo_init" for model in ("policy", "reference")]
     models += [f"{model}.load=round_{round}/reward" for model in ("value", "reward")]
     folder = name if "/" in name else f"{size}/{name}"
-    steps = (f"ppo.iterations={form.iterations}", f"ppo.warmup_iterations={min(5, form.iterations // 2)}")
-    minutes = (1.2 if "ppo.ptx_coef=0" in words else 2) * HEAVIER[size] * form.iterations / 60
+    # Rewards stop rising earlier in larger ones, and each iteration costs more.
+    iterations = form.iterations if HEAVIER[size] <= 1 else max(1, form.iterations // 2)
+    steps = (f"ppo.iterations={iterations}", f"ppo.warmup_iterations={min(5, iterations // 2)}")
+    minutes = (1.2 if "ppo.ptx_coef=0" in words else 2) * HEAVIER[size] * iterations / 60
     return Stage(folder, "ppo", (*models, *steps, *words), minutes)
 
 
