@@ -95,7 +95,7 @@ def grades(found: Results) -> Figure | None:
     figure, axes = panels(len(names) + 1)
     by_size(axes[0], {system: found.likert(*system) for system in found.systems})
     axes[0].set_title("Likert, 1 to 7", fontsize=9)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="upper left")
     for one, name in zip(axes[1:], names, strict=True):
         by_size(one, {system: values[name] for system, values in metadata.items()})
         one.set_ylim(0, 1)
@@ -113,7 +113,7 @@ def tax(found: Results) -> Figure | None:
         key = f"tasks/{name}/accuracy"
         by_size(one, {system: (row[key], row[f"{key}_low"], row[f"{key}_high"]) for system, row in numbers.items()})
         one.axhline(0.25, color="black", lw=0.6)
-        one.set_ylim(0, 1)
+        one.set_ylim(0, 1.03)
         one.set_title(f"{name}: accuracy (chance 0.25)", fontsize=9)
     by_size(axes[3], {system: (row["valid/text_loss"],) * 3 for system, row in numbers.items()})
     axes[3].set_title("held-out text, nats per token", fontsize=9)
