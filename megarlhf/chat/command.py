@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ def _chat(options: argparse.Namespace) -> None:
         form = "by its chat template" if conversation.has_template else "as plain text, for its tokenizer comes without a chat template"
         _note(f"{name} of {saved.path}, {architecture.num_parameters():,} parameters, {form}; /help says what there is")
         Talk(generator_of(engine, tokenizer), conversation, sampling, seed=options.seed).run()
+    except BrokenPipeError:  # whoever read the answers has left: what is still in the buffer goes nowhere, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         world.close()
 
@@ -90,6 +93,8 @@ class Talk:
                 _note("forgotten")
             elif line.startswith("/") and not line.startswith("//"):
                 _note(f"there is no {line.split()[0]}; there are /reset, /quit and /help")
+            elif any("\ud800" <= letter <= "\udfff" for letter in line):
+                _note("this line is not UTF-8 text, and is left out")
             elif line:
                 self.answer(line.removeprefix("/") if line.startswith("//") else line)
 
@@ -116,6 +121,8 @@ class Talk:
 
 def _reader() -> Callable[[], str | None]:
     """A function that gives the next line, None at their end; Ctrl-C while it waits is answered with how to end."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # whatever the locale: a line that is no text does not end the conversation
+    sys.stdout.reconfigure(errors="replace")
     if sys.stdin.isatty():
         import readline  # noqa: F401  (it gives `input` a history and the keys to edit a line)
 

@@ -89,7 +89,11 @@ def _answer(
             writer = PartWriter(path, rows, record, progress=place.dp == 0)
             stack.callback(writer.close)
         how = {"seed": config.run.seed, "purpose": "generate", "listener": writer}
-        responses.generate(generator, batch, _bounded(config.sampling), **how)
+        try:
+            responses.generate(generator, batch, _bounded(config.sampling), **how)
+        except KeyboardInterrupt:
+            run.say(f"what is answered stays in {run.dir / PARTS_FOLDER}; the same command goes on")
+            raise
 
 
 def _bounded(sampling: SamplingConfig) -> SamplingConfig:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 
+from megarlhf.chat import command
+
 SLOW = """
 import signal, sys, time
 from megarlhf import cli
@@ -44,12 +46,29 @@ def test_lines_through_a_pipe_are_answered(recipe):
     ):
         assert note in notes
     assert "Traceback" not in notes
-    again, _ = started(words).communicate("word 1?\nword 2?", timeout=300)  # the last line without its end
-    assert out.startswith(again) and len(again) > 20
-    first = out[: len(again)]
-    whole, alone = started(words), "word 1?\n"
-    answer = whole.communicate(alone, timeout=300)[0]
-    assert first.startswith(answer) and out[len(again) :].startswith(answer), "after /reset it is said again, without what was said between"
+    one_by_one = started(words)
+    deadline = threading.Timer(300, one_by_one.kill)
+    deadline.start()
+    try:
+        first, second = (said_to(one_by_one, line) for line in ("word 1?", "word 2?"))
+        assert len(first) > 10 and out.startswith(first + second)
+        assert out[len(first + second) :].startswith(first), "after /reset it is said again, without what was said between"
+        one_by_one.stdout.close()  # as `head` does
+        notes = one_by_one.communicate("word 3?\n" * 20)[1]
+        assert one_by_one.returncode == 0 and "ipe" not in notes and "Traceback" not in notes
+    finally:
+        deadline.cancel()
+        one_by_one.kill()
+
+
+def said_to(process, line):
+    """The answer: what stands in the pipe when a command that comes after the line is obeyed."""
+    process.stdin.write(f"{line}\n/help\n")
+    process.stdin.flush()
+    while not process.stderr.readline().startswith("Ctrl-C"):  # the end of the help
+        assert process.poll() is None, "the program has ended"
+    said = os.read(process.stdout.fileno(), 65536).decode()
+    return said.replace("\r\n", "\n").replace("\r", "\n")  # as reading text does
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(recipe, tmp_path):
@@ -76,12 +95,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(recipe, tmp_path):
     assert process.returncode == 0 and "forget what was said" in notes and "Traceback" not in notes
 
 
-def test_what_cannot_be_talked_to_is_said(recipe):
+def test_what_cannot_be_talked_to_is_said(recipe, monkeypatch, capsys):
     for words, environment, said in (
         ([str(recipe / "runs" / "reward")], {}, "is a reward model or a value function, which says nothing"),
         ([str(recipe / "runs" / "sft"), "--system", "be brief"], {}, "without one there is no system message"),
         ([str(recipe / "runs" / "sft")], TWO, "held by one process, and 2 were started"),
     ):
-        process = started(words, **environment)
-        out, notes = process.communicate("hello\n", timeout=300)
-        assert process.returncode == 2 and out == "" and notes.startswith("megarlhf chat: ") and said in notes
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert command.main(words) == 2
+        out, notes = capsys.readouterr()
+        assert out == "" and notes.startswith("megarlhf chat: ") and said in notes

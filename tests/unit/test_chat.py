@@ -1,11 +1,14 @@
 """What a conversation is to the model, and how its answers are written."""
 
+import io
 import json
+import sys
 
 import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
+from megarlhf.chat.command import Talk
 from megarlhf.chat.conversation import Conversation, SpokenText
 from megarlhf.data.tokenizers import load_tokenizer
 
@@ -69,3 +72,14 @@ def test_letters_are_written_when_they_are_whole(tokenizer):
     broken.token(0, ids[1])
     broken.end(0, ids[1:2])
     assert written[3:] == ["\ufffd"], "half a letter at the end is said to be one"
+
+
+def test_a_line_that_is_no_text_is_left_out(tokenizer, monkeypatch, capsys):
+    """Bytes that are not UTF-8, whatever the locale makes of them: the conversation goes on."""
+    asked = []
+    talk = Talk(None, Conversation(tokenizer, 60), None, seed=1)
+    monkeypatch.setattr(talk, "answer", asked.append)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\xfe two\n\nthree"), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    talk.run()
+    assert asked == ["one", "three"] and capsys.readouterr().err == "this line is not UTF-8 text, and is left out\n"
