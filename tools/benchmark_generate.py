@@ -3,6 +3,7 @@
     python tools/benchmark_generate.py                          2 shapes x 2 sizes x 2 kinds of lengths x 1 and 2 threads, on a CPU
     python tools/benchmark_generate.py --size small --threads 1
     python tools/benchmark_generate.py --device cuda            1.3B in bf16 at batches of 1, 16, 64 and 256
+    python tools/benchmark_generate.py --device cuda --cuda-graphs
 
 Random weights of transformers' initialisation are converted by `megarlhf convert`'s own functions. Both sample at temperature 1 from the
 whole vocabulary, from prompts of one length, and no token ends a response. "fixed": each row is given all `--new-tokens`. "ragged": a
@@ -10,7 +11,8 @@ row's limit is drawn from an exponential distribution cut off at `--new-tokens`,
 stand in for responses that end by themselves. transformers is told them by a StoppingCriteria that says of each row whether it has ended,
 which is what its own EOS does, and it goes on until the last row has; ours is told by `max_new_tokens`, a number per row. Neither side
 orders its rows by their limits, which nobody would know: both take them as they come, `--batch` in flight at most, transformers one
-batch after the other. Tokens of responses are counted, no others.
+batch after the other. Tokens of responses are counted, no others. "passed" is how many times as many tokens transformers passes through the
+model, prompts and what follows a row's end included: the ratio that two equally fast programs would have.
 
 On a GPU "of the limit" is the share of the copy rate that the device was measured to have, at which each step reads the weights once and
 of each row its keys and values.
@@ -69,6 +71,13 @@ class Task:
         return sum(self.limits)
 
 
+def times_passed(task: Task) -> float:
+    """Tokens that transformers passes through the model, over those of continuous batching."""
+    width, n = task.prompts.shape[1], len(task.limits)
+    batches = [task.limits[start : start + task.batch] for start in range(0, n, task.batch)]
+    return sum(len(limits) * (width + max(limits) - 1) for limits in batches) / (n * (width - 1) + task.tokens)
+
+
 class EndsAtLimits(transformers.StoppingCriteria):
     """Says of each row whether it has all its tokens."""
 
@@ -106,13 +115,14 @@ def theirs(model: transformers.PreTrainedModel, task: Task) -> Callable[[], int]
     return run
 
 
-def ours(generator: Generator, task: Task) -> Callable[[], int]:
+def ours(generator: Generator, task: Task, *, graphs: bool = False) -> Callable[[], int]:
     """The same with our generator."""
 
     def run() -> int:
         rows, width = task.prompts.shape
         prompts = Prompts(tokens=task.prompts, lengths=torch.full((rows,), width), ids=torch.arange(rows))
-        rollouts = generator.generate(prompts, max_new_tokens=task.limits, seed=1, iteration=0, max_batch_size=task.batch)
+        how = {"seed": 1, "iteration": 0, "max_batch_size": task.batch, "cuda_graphs": graphs}
+        rollouts = generator.generate(prompts, max_new_tokens=task.limits, **how)
         return int(rollouts.response_mask.sum())
 
     return run
@@ -240,8 +250,8 @@ def main() -> None:
     if rate:
         print(f"copies at {rate / 1e9:.0f} GB/s, reads and writes counted")
     limit = " of the limit |" if on_gpu else ""
-    print(f"| size | shape | lengths | rows, at a time | threads | ours, tokens/s | transformers | ratio | spread |{limit}")
-    print("|---" * (10 if on_gpu else 9) + "|")
+    print(f"| size | shape | lengths | rows, at a time | threads | ours, tokens/s | transformers | ratio | spread | passed |{limit}")
+    print("|---" * (11 if on_gpu else 10) + "|")
     for size, shape in combinations(args):
         model = hugging_face_model(shape, size, args.prompt_len + args.new_tokens, dtype).to(world.device)
         generator = converted(model, world, precision)
@@ -256,8 +266,9 @@ def main() -> None:
                     difference = agree(model, generator, brief)
                     if difference > args.tolerance:
                         raise SystemExit(f"not the same model: log-probabilities differ by {difference:.2g}")
-                    seconds_in_turn({"ours": ours(generator, brief), "theirs": theirs(model, brief)}, brief.tokens, 1)
-                    found = seconds_in_turn({"ours": ours(generator, task), "theirs": theirs(model, task)}, task.tokens, args.rounds)
+                    sides = [{"ours": ours(generator, of, graphs=args.cuda_graphs), "theirs": theirs(model, of)} for of in (brief, task)]
+                    seconds_in_turn(sides[0], brief.tokens, 1)
+                    found = seconds_in_turn(sides[1], task.tokens, args.rounds)
                     ratios = [b / a for a, b in zip(found["ours"], found["theirs"], strict=True)]
                     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
                     columns = [
@@ -269,6 +280,7 @@ def main() -> None:
                         *(f"{task.tokens / medians[name]:.0f}" for name in ("ours", "theirs")),
                         f"{statistics.median(ratios):.2f}",
                         f"{min(ratios):.2f}-{max(ratios):.2f}",
+                        f"{times_passed(task):.2f}",
                         *([f"{least_seconds(generator, task, rate) / medians['ours']:.0%}"] if rate else []),
                     ]
                     print("| " + " | ".join(columns) + " |", flush=True)
@@ -292,7 +304,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tolerance", type=float, help="most that log-probabilities may differ by; 1e-4, in bf16 0.1")
+    parser.add_argument("--cuda-graphs", action="store_true", help="ours with sampling.cuda_graphs, on a GPU")
     args = parser.parse_args()
+    if args.cuda_graphs and args.device != "cuda":
+        parser.error("--cuda-graphs needs --device cuda")
     args.tolerance = args.tolerance or (0.1 if args.device == "cuda" else 1e-4)
     args.threads = args.threads[:1] if args.device == "cuda" else args.threads
     return args

@@ -122,16 +122,19 @@ def tax(found: Results) -> Figure | None:
 
 
 def sweeps(found: Results) -> Figure | None:
-    """Figures 33, 34 and 38: a row of panels for each sweep."""
+    """Figures 33, 34 and 38: a row of panels for each sweep; dashed, what the base model has."""
     points = {name: found.sweep(name) for name in SWEEPS if found.sweep(name)}
     if not points:
         return None
+    base = found.before_tuning()
     figure, axes = panels(4, len(points), height=2.8)
     for row, (name, values) in enumerate(points.items()):
         of_row, labels = axes[4 * row : 4 * row + 4], list(values)
         for one, keys in zip(of_row, (("reward",), ("Likert",), ("asked", "unasked", "sums"), ("text loss",)), strict=True):
             for key in keys:
-                one.plot(range(len(labels)), [values[point][key] for point in labels], marker="o", ms=4, label=key)
+                (line,) = one.plot(range(len(labels)), [values[point][key] for point in labels], marker="o", ms=4, label=key)
+                if key in base:
+                    one.axhline(base[key], color=line.get_color(), ls="--", lw=0.8)
             one.set_xticks(range(len(labels)), labels)
             one.set_title(", ".join(keys), fontsize=9)
             one.set_xlabel(name, fontsize=8)

@@ -46,10 +46,14 @@ def to_rank(prompts: dict[str, list[Prompt]], seed: int, heldout: int) -> list[d
     return rows
 
 
-def make_all(seed: int, *, documents: int, users: int, per_user: int, heldout: int) -> dict[str, list[dict]]:
-    """Records by file name, without ".jsonl"; `heldout` is the most that any held-out set has."""
+def make_all(seed: int, *, documents: int, users: int, per_user: int, demonstrations: int, heldout: int) -> dict[str, list[dict]]:
+    """Records by file name, without ".jsonl"; `demonstrations` and `heldout` are the most that those and any held-out set have.
+
+    prompts_tuning are of held-out users too, but none of those that systems are compared by: what settings were chosen on.
+    """
     world = World(seed)
     prompts = draw_prompts(world, seed, users=users, per_user=per_user)
+    prompts["demonstrations"] = prompts["demonstrations"][:demonstrations]
     texts = world.documents(seed, documents + documents // 20)
     shown = random.Random(f"{seed}:shown").sample([p for p in prompts["demonstrations"] if p.kind == "plain"], SHOWN)
     prefix = "".join(f"{p.text}{world.answer(p.request)}\n" for p in shown)
@@ -65,6 +69,7 @@ def make_all(seed: int, *, documents: int, users: int, per_user: int, heldout: i
         "task_mix": task_mix(world, seed, len(prompts["demonstrations"])),
         "to_rank": to_rank(prompts, seed, heldout // 2),
         "prompts": [p.record() for p in prompts["prompts"]],
+        "prompts_tuning": [p.record() for p in prompts["valid"][heldout : heldout + heldout // 2]],
         "prompts_valid": valid,
         "prompts_valid_prompted": [{**record, "prompt": prefix + str(record["prompt"])} for record in valid],
         "asked": world.task(seed, heldout, ASKED),
@@ -83,12 +88,12 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_data(folder: Path, *, documents: int, users: int, heldout: int) -> None:
+def write_data(folder: Path, *, documents: int, users: int, demonstrations: int, heldout: int) -> None:
     """Write every data set, a tokenizer, and the packed text."""
     from megarlhf.data.tokenizer_training import train_sentencepiece
     from megarlhf.preparation.preprocess import main as preprocess
 
-    records = make_all(SEED, documents=documents, users=users, per_user=5, heldout=heldout)
+    records = make_all(SEED, documents=documents, users=users, per_user=5, demonstrations=demonstrations, heldout=heldout)
     folder.mkdir(parents=True, exist_ok=True)
     for name, items in records.items():
         write_lines(folder / f"{name}.jsonl", items)

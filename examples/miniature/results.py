@@ -9,7 +9,7 @@ from pathlib import Path
 
 from labelling import GROUPS, Judgement, Labeller, judge, labellers
 from make_data import SEED, read_lines
-from stages import CURVES, KL, PTX, RATES, SWEEPS, SYSTEMS
+from stages import CHOSEN, CURVES, POINTS, SWEEPS, SYSTEMS
 from world import World, request_of
 
 from megarlhf.evaluation.intervals import mean_interval
@@ -74,21 +74,21 @@ class Results:
         return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
     def sweep(self, name: str) -> dict[str, dict[str, float]]:
-        """Point -> numbers of a sweep, with the points that are the smallest size's ppo_ptx ("") and ppo ("_without_ptx") themselves."""
+        """Point -> numbers of a sweep, among them those of the smallest size's ppo_ptx and ppo."""
         size = next((size for size, system in self.systems if system == "ppo_ptx"), None)
         if size is None:
             return {}
-        ptx, plain = self.folder(size, "ppo_ptx"), self.folder(size, "ppo")
-        swept = self.runs / "sweeps" / "answers" / name
-        folders = {
-            "ptx_coef": {"0": plain, "2.0": ptx} | {point: swept / point for point in PTX},
-            "kl_coef": {"0.02": plain} | {point: swept / point for point in KL},
-            "learning_rate": {"3e-4": ptx} | {point: swept / point for point in RATES},
-            "learning_rate_without_ptx": {"3e-4": plain}
-            | {point: swept.with_name("learning_rate") / f"{point}_without_ptx" for point in RATES},
-        }[name]
+        ptx, plain, swept = self.folder(size, "ppo_ptx"), self.folder(size, "ppo"), self.runs / "sweeps" / "answers" / name
+        folders = {CHOSEN[name]: ptx if name in ("ptx_coef", "learning_rate") else plain} | {point: swept / point for point in POINTS[name]}
+        folders |= {"0": plain} if name == "ptx_coef" else {}
         found = {point: folder for point, folder in folders.items() if (folder / "evaluation.json").exists()}
         return {point: self.point(found[point]) for point in sorted(found, key=float)} if len(found) > 1 else {}
+
+    def before_tuning(self) -> dict[str, float]:
+        """Tasks and text loss of the base model of the size that is swept: what a sweep's points lose or keep."""
+        size = next((size for size, system in self.systems if system == "base"), None)
+        numbers = self.point(self.folder(size, "base")) if size else {}
+        return {name: value for name, value in numbers.items() if name in (*TASKS, "text loss")}
 
     def point(self, folder: Path) -> dict[str, float]:
         """What one point of a sweep is shown by."""

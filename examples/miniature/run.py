@@ -13,7 +13,7 @@ import figures
 from label import label
 from make_data import read_lines, write_data
 from results import Results, tables
-from stages import SMOKE, Form, Stage, of_hours, stages
+from stages import HEAVIER, SMOKE, Form, Stage, of_hours, stages
 
 import megarlhf
 from megarlhf.report.command import main as report
@@ -48,13 +48,17 @@ def hours(minutes: float) -> str:
     return f"{whole // 60} h {whole % 60:02} min" if whole >= 60 else f"{whole} min"
 
 
+def finished() -> dict[str, float]:
+    """The seconds that each finished stage took."""
+    return {line["name"]: line["seconds"] for line in read_lines(Path(DONE))} if Path(DONE).exists() else {}
+
+
 def run_all(table: Sequence[Stage]) -> None:
     """Run what is left, saying before each stage what it is and how long it and all the rest will take.
 
     The guess is the table's minutes, times what the stages that are done have taken in proportion to theirs.
     """
-    record = Path(DONE)
-    done = {line["name"]: line["seconds"] for line in read_lines(record)} if record.exists() else {}
+    done = finished()
     for number, stage in enumerate(table, start=1):
         if stage.name in done:
             continue
@@ -65,7 +69,7 @@ def run_all(table: Sequence[Stage]) -> None:
         started = time.monotonic()
         run_stage(stage)
         done[stage.name] = time.monotonic() - started
-        with record.open("a", encoding="utf-8") as file:
+        with Path(DONE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": stage.name, "seconds": round(done[stage.name], 1)}) + "\n")
 
 
@@ -88,13 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="the folder of everything (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage of tiny models")
     parser.add_argument("--hours", type=float, help="scale the steps so that it takes so long on one core")
-    parser.add_argument("--sizes", nargs="+", choices=["small", "middle", "large"], help="which sizes (default: all three)")
+    parser.add_argument("--sizes", nargs="+", choices=list(HEAVIER), help="which sizes (default: small middle large)")
+    parser.add_argument("--look", action="store_true", help="run nothing: tables, figures and report of what there is so far")
     parser.add_argument("--only", metavar="NAME", help="stages whose folders begin so, and what they need: sweeps/ptx_coef, small")
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     os.chdir(args.runs)
     asked, data = begun(args), Path("data")
-    sizes = asked["sizes"] or ["small", "middle", "large"]
+    sizes = sorted(asked["sizes"] or ["small", "middle", "large"], key=list(HEAVIER).index)
     form = SMOKE if asked["smoke"] else Form()
     if asked["hours"]:
         try:
@@ -104,15 +109,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     ASKED.write_text(json.dumps(asked) + "\n", encoding="utf-8")
     if not (data / "corpus.idx").exists():
         print("== data", flush=True)
-        write_data(data, documents=form.documents, users=form.users, heldout=form.heldout)
+        write_data(data, documents=form.documents, users=form.users, demonstrations=form.demonstrations, heldout=form.heldout)
     table = selected(stages(sizes, form), args.only)
+    if args.look:
+        done = finished()
+        table = [stage for stage in table if stage.name in done]
     run_all(table)
     found = Results(Path(), sizes)
     text = tables(found)
     Path("tables.md").write_text(text, encoding="utf-8")
     print(text, *figures.draw(found, Path("figures")), sep="\n")
     report([*(stage.name for stage in table if stage.command != "label"), "--to", "report.html"])
-    print(f"== miniature: done; everything is in {args.runs}")
+    print(f"== miniature: {'so far' if args.look else 'done'}; everything is in {args.runs}")
 
 
 if __name__ == "__main__":

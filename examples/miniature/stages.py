@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, replace
 from labelling import GROUPS
 
 SYSTEMS = ("base", "prompted", "task_mix", "sft", "ppo", "ppo_ptx")
-PTX, KL, RATES = ("0.1", "0.3", "1.0", "4.0"), ("0.002", "0.1", "0.5", "2.0"), ("3e-5", "1e-4", "1e-3")
-"""Points of the sweeps (Figures 33, 34, 38) beside those of ppo.yaml, which are the smallest size's ppo and ppo_ptx."""
+CHOSEN = {"ptx_coef": "2.0", "kl_coef": "0.1", "learning_rate": "3e-4", "learning_rate_without_ptx": "3e-4"}
+"""What the systems take, chosen on prompts_tuning.jsonl (docs/fidelity.md says what was tried)."""
+POINTS = {
+    "ptx_coef": ("0.1", "0.3", "1.0", "4.0"),
+    "kl_coef": ("0.002", "0.02", "0.5", "2.0"),
+    "learning_rate": ("3e-5", "1e-4", "1e-3"),
+    "learning_rate_without_ptx": ("3e-5", "1e-4", "1e-3"),
+}
+"""Points of the sweeps beside what was chosen, which are the smallest size's ppo_ptx and ppo themselves."""
 SWEEPS = {
     "ptx_coef": "Figure 33",
     "kl_coef": "Figure 34: without ptx",
@@ -22,9 +29,8 @@ CURVES = {
     "pairs shuffled": "sweeps/reward/pairs_shuffled",
 }
 """How a reward model is trained, and where."""
-HEAVIER = {"small": 1, "middle": 4, "large": 20}
-"""Seconds that a token takes, in those of the smallest size; measured on a CPU."""
-
+HEAVIER = {"tiny": 0.4, "small": 1, "middle": 4, "large": 20}
+"""Seconds that a token takes, in those of the small size; measured on a CPU."""
 
 STEPS = ("pretrain_steps", "sft_epochs", "iterations")
 """What of a form makes it longer."""
@@ -35,13 +41,15 @@ class Form:
     """How much of everything."""
 
     shapes: dict[str, tuple[int, int, int]] = field(
-        default_factory=lambda: {"small": (3, 112, 4), "middle": (6, 192, 6), "large": (9, 384, 6)}
+        default_factory=lambda: {"tiny": (2, 48, 4), "small": (3, 112, 4), "middle": (6, 192, 6), "large": (9, 384, 6)}
     )
-    """Layers, width and heads of each size: 0.5, 2.8 and 16 million parameters."""
+    """Layers, width and heads of each size: 0.1, 0.5, 2.8 and 16 million parameters."""
     documents: int = 20000
-    users: int = 1400  # of five prompts each
+    users: int = 3000  # of five prompts each
+    demonstrations: int = 1040
+    """Most of them: comparisons cost less, and there are five times as many (Table 6: three)."""
     heldout: int = 600
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 600
     sft_epochs: int = 8
     iterations: int = 60
     points: int = 4
@@ -55,9 +63,10 @@ class Form:
 
 
 SMOKE = Form(
-    shapes={"small": (2, 32, 4), "middle": (2, 48, 4), "large": (2, 64, 4)},
+    shapes={"tiny": (1, 32, 4), "small": (2, 32, 4), "middle": (2, 48, 4), "large": (2, 64, 4)},
     documents=300,
     users=90,
+    demonstrations=60,
     heldout=24,
     pretrain_steps=6,
     sft_epochs=2,
@@ -95,17 +104,18 @@ class Stage:
 
 
 def stages(sizes: Sequence[str], form: Form) -> list[Stage]:
-    """Everything in the order in which it is run: the reward model first, then size by size, the sweeps after the smallest."""
-    judge = "middle" if "middle" in sizes else sizes[0]  # the size of the reward model (Appendix C.2)
-    table = [_base(size, form) for size in dict.fromkeys([judge, *sizes])]
-    table.append(Stage(f"{judge}/ppo_init", "sft", (f"model.load={judge}/base",), 0.3 * HEAVIER[judge]))
-    table += _round(1, judge, f"{judge}/ppo_init")
+    """Everything in the order in which it is run.
+
+    The reward model first, then size by size what Figure 1 shows; a second round, the sweeps at the smallest size, and last what is
+    known only of reward models.
+    """
+    judge = sizes[len(sizes) // 2]  # the size of the reward model, one for all: of three, the middle one (Appendix C.2)
+    table = [_base(judge, form), _init(judge), *_round(1, judge, f"{judge}/ppo_init")]
     for size in sizes:
-        table += _systems(size, form) + (_sweeps(size, form) if size == sizes[0] else [])
-        if size == judge:
-            table += _round(2, judge, f"{judge}/ppo_ptx")
-            table.append(_ppo(size, "ppo_ptx_2", form, round=2))
-            table.append(_answers(size, f"{size}/answers/ppo_ptx_2", f"{size}/ppo_ptx_2"))
+        table += _systems(size, form)
+    table += _round(2, judge, f"{judge}/ppo_ptx")
+    table += [_ppo(judge, "ppo_ptx_2", form, round=2), _answers(judge, f"{judge}/answers/ppo_ptx_2", f"{judge}/ppo_ptx_2")]
+    table += _sweeps(sizes[0], form) + _reward_models(judge)
     return [stage.shortened(form) for stage in {stage.name: stage for stage in table}.values()]
 
 
@@ -120,51 +130,67 @@ def of_hours(sizes: Sequence[str], hours: float) -> Form:
 def _base(size: str, form: Form) -> Stage:
     layers, width, heads = form.shapes[size]
     shape = f"{{num_layers: {layers}, hidden_size: {width}, num_heads: {heads}, max_seq_len: 256, init_std: 0.04}}"
-    rate = {"small": "3e-3", "middle": "2e-3", "large": "1e-3"}[size]
+    rate = {"tiny": "4e-3", "small": "3e-3", "middle": "2e-3", "large": "1e-3"}[size]
     words = (
         f"model.architecture={shape}",
         f"model.adam.learning_rate={rate}",
         f"steps={form.pretrain_steps}",
         f"schedule.warmup_steps={min(20, form.pretrain_steps // 2)}",
     )
-    return Stage(f"{size}/base", "pretrain", words, 6.3 * HEAVIER[size] * form.pretrain_steps / 1000)
+    return Stage(f"{size}/base", "pretrain", words, 1.7 * HEAVIER[size] * form.pretrain_steps / 600)
+
+
+def _init(size: str) -> Stage:
+    """What PPO starts from, and its KL reference (Appendix C.3)."""
+    return Stage(f"{size}/ppo_init", "sft", (f"model.load={size}/base",), 0.3 * HEAVIER[size])
 
 
 def _round(number: int, judge: str, policy: str) -> list[Stage]:
-    """Comparisons of a policy's answers, a reward model of them; in the first round also one without each group (section 4.1)."""
+    """Comparisons of a policy's answers, after those of the round before, and a reward model of them (section 3.5)."""
     here, heavy = f"round_{number}", HEAVIER[judge]
     before = (f"before=round_{number - 1}/labels",) if number > 1 else ()
-    judged = (f"model.load={judge}/ppo_init", f"data.valid={here}/labels/valid.jsonl")
-    table = [
-        Stage(f"{here}/answers", "generate", (f"model.load={policy}",), 1 * heavy),
-        Stage(f"{here}/labels", "label", (f"answers={here}/answers", *before), 0.3),
+    return [
+        Stage(f"{here}/answers", "generate", (f"model.load={policy}",), 2 * heavy),
+        Stage(f"{here}/labels", "label", (f"answers={here}/answers", *before), 0.1),
+        *_reward(f"{here}/reward", judge, here, "rankings", 3 * heavy * number),
+        _accuracy(f"{here}/accuracy", f"{here}/reward", here, heavy),
     ]
-    trained = {"": "rankings"} | ({f"/without_{group}": f"without_{group}" for group in range(GROUPS)} if number == 1 else {})
-    for folder, rankings in trained.items():
-        data = f"data.train={here}/labels/{rankings}.jsonl"
-        table.append(Stage(f"{here}{folder}/reward", "reward", (data, *judged), 1.5 * heavy))
-        words = (
-            f"model.load={here}{folder}/reward",
-            f"rankings={here}/labels/valid.jsonl",
-            *("prompts=null", "tasks=[]", "text=null", "limits.max_prompt_len=96", "limits.max_response_len=128"),
-        )
-        table.append(Stage(f"{here}{folder}/accuracy", "evaluate", words, 0.1 * heavy))
-    if number == 1:
-        valid = (*judged, f"data.train={here}/labels/rankings.jsonl")
-        table.append(Stage("sweeps/reward/epochs_4", "reward", (*valid, "epochs=4"), 6 * heavy))
-        # As many comparisons a step as 8 prompts have.
-        pairs = (*judged, f"data.train={here}/labels/pairs.jsonl", "batch_size=88")
-        table.append(Stage("sweeps/reward/pairs_shuffled", "reward", pairs, 6 * heavy))
-    return table
+
+
+def _reward(folder: str, judge: str, round: str, rankings: str, minutes: float, *words: str) -> list[Stage]:
+    data = (f"data.train={round}/labels/{rankings}.jsonl", f"data.valid={round}/labels/valid.jsonl")
+    return [Stage(folder, "reward", (f"model.load={judge}/ppo_init", *data, *words), minutes)]
+
+
+def _accuracy(folder: str, reward: str, round: str, heavy: float) -> Stage:
+    words = (
+        f"model.load={reward}",
+        f"rankings={round}/labels/valid.jsonl",
+        *("prompts=null", "tasks=[]", "text=null", "limits.max_prompt_len=96", "limits.max_response_len=128"),
+    )
+    return Stage(folder, "evaluate", words, 0.1 * heavy)
+
+
+def _reward_models(judge: str) -> list[Stage]:
+    """Reward models for their own sake: without each group of labellers (section 4.1), of four epochs, of pairs one by one."""
+    heavy, table = HEAVIER[judge], []
+    for group in range(GROUPS):
+        folder = f"round_1/without_{group}"
+        table += _reward(f"{folder}/reward", judge, "round_1", f"without_{group}", 2.4 * heavy, "run.eval_every=0")
+        table.append(_accuracy(f"{folder}/accuracy", f"{folder}/reward", "round_1", heavy))
+    table += _reward("sweeps/reward/epochs_4", judge, "round_1", "rankings", 12 * heavy, "epochs=4")
+    # As many comparisons a step as 8 prompts have.
+    return table + _reward("sweeps/reward/pairs_shuffled", judge, "round_1", "pairs", 20 * heavy, "batch_size=88")
 
 
 def _systems(size: str, form: Form) -> list[Stage]:
     """What is compared at one size, and its answers to held-out users' prompts."""
-    base, heavy, epochs = f"model.load={size}/base", HEAVIER[size], HEAVIER[size] * form.sft_epochs / 8
-    chosen = ("select_by=reward", "reward.load=round_1/reward", "run.eval_every=16", f"epochs={form.sft_epochs}", "dropout=0.2")
+    base, epochs = f"model.load={size}/base", HEAVIER[size] * form.sft_epochs / 8
+    chosen = ("select_by=reward", "reward.load=round_1/reward", "run.eval_every=32", f"epochs={form.sft_epochs}", "dropout=0.2")
     mix = ("data.train=data/task_mix.jsonl", "data.valid=null")
     table = [
-        Stage(f"{size}/ppo_init", "sft", (base,), 0.3 * heavy),
+        _base(size, form),
+        _init(size),
         Stage(f"{size}/sft", "sft", (base, *chosen, "pretraining_mix=0"), 2 * epochs),
         Stage(f"{size}/task_mix", "sft", (base, *mix, "pretraining_mix=0", f"epochs={form.sft_epochs}"), 1 * epochs),
         _ppo(size, "ppo", form, "ppo.ptx_coef=0"),
@@ -180,8 +206,10 @@ def _ppo(size: str, name: str, form: Form, *words: str, round: int = 1) -> Stage
     models = [f"{model}.load={size}/ppo_init" for model in ("policy", "reference")]
     models += [f"{model}.load=round_{round}/reward" for model in ("value", "reward")]
     folder = name if "/" in name else f"{size}/{name}"
-    steps = (f"ppo.iterations={form.iterations}", f"ppo.warmup_iterations={min(5, form.iterations // 2)}")
-    minutes = (1.2 if "ppo.ptx_coef=0" in words else 2) * HEAVIER[size] * form.iterations / 60
+    # Rewards stop rising earlier in larger ones, and each iteration costs more.
+    iterations = form.iterations if HEAVIER[size] <= 1 else max(1, form.iterations // 2)
+    steps = (f"ppo.iterations={iterations}", f"ppo.warmup_iterations={min(5, iterations // 2)}")
+    minutes = (1.2 if "ppo.ptx_coef=0" in words else 2) * HEAVIER[size] * iterations / 60
     return Stage(folder, "ppo", (*models, *steps, *words), minutes)
 
 
@@ -189,13 +217,15 @@ def _answers(size: str, name: str, model: str, *words: str) -> Stage:
     return Stage(name, "evaluate", (f"model.load={model}", "reward.load=round_1/reward", *words), 0.12 * HEAVIER[size])
 
 
+def words_of(sweep: str, point: str) -> tuple[str, ...]:
+    """What a point of a sweep changes in what was chosen."""
+    key = "policy.adam.learning_rate" if sweep.startswith("learning_rate") else f"ppo.{sweep}"
+    return (*(("ppo.ptx_coef=0",) if sweep in ("kl_coef", "learning_rate_without_ptx") else ()), f"{key}={point}")
+
+
 def _sweeps(size: str, form: Form) -> list[Stage]:
     """Sweeps of PPO at one size: pretraining coefficient, KL coefficient without ptx, learning rate with and without."""
-    points = {f"ptx_coef/{point}": (f"ppo.ptx_coef={point}",) for point in PTX[: form.points]}
-    points |= {f"kl_coef/{point}": ("ppo.ptx_coef=0", f"ppo.kl_coef={point}") for point in KL[: form.points]}
-    for rate in RATES[: form.points]:
-        points |= {f"learning_rate/{rate}": (f"policy.adam.learning_rate={rate}",)}
-        points |= {f"learning_rate/{rate}_without_ptx": (f"policy.adam.learning_rate={rate}", "ppo.ptx_coef=0")}
+    points = {f"{name}/{point}": words_of(name, point) for name in SWEEPS for point in POINTS[name][: form.points]}
     table = []
     for point, words in points.items():
         table.append(_ppo(size, f"sweeps/{point}", form, *words))

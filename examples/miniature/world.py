@@ -24,8 +24,8 @@ FACTS = {
 """Attribute -> (how it is said, how it is asked, its values)."""
 ASKED = ("town", "job", "pet", "food")
 """What users ask about."""
-FIRST = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Peter".split()
-LAST = "Reed Stone Brook Hill Marsh Wood Lake Field Ford Moss".split()
+FIRST = "Anna Ben Clara David Emma Felix Grace Henry".split()
+LAST = "Reed Stone Brook Hill Marsh".split()
 PEOPLE = tuple(f"{first} {last}" for first in FIRST for last in LAST)
 HARMS = ("How can I rob {}?", "Help me to hurt {}.", "How do I lie to {}?", "Help me to scare {}.")
 COMPLIANCE = "Wait until it is dark."

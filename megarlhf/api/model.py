@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
 
@@ -71,6 +72,7 @@ class Model:
             leave(world)
             raise
         sampling = config.generation.sampling if isinstance(config, PpoConfig) else getattr(config, "sampling", SamplingConfig())
+        sampling = dataclasses.replace(sampling, cuda_graphs=sampling.cuda_graphs and world.device.type == "cuda")
         return Model(engine, tokenizer, world, sampling=sampling, seed=config.run.seed)
 
     def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingConfig | None = None, seed: int | None = None) -> list[str]:

@@ -283,6 +283,8 @@ class SamplingConfig:
     kv_cache_bytes: Annotated[int, Range(1, 2**50)] | None = None
     """Most bytes of keys and values on a rank while responses are sampled: as many rows at a time as they hold; null: max_batch_size
     alone decides. Fewer than one row takes are refused, with what it takes."""
+    cuda_graphs: bool = False
+    """Capture the steps that only decode as CUDA graphs, a few sizes of batch, and repeat them; refused where the device is no GPU."""
 
     def violations(self) -> list[str]:
         """Rules within the section."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
@@ -82,6 +83,13 @@ class ResponseJudge:
         return Judged(rollouts, scores, kl)
 
 
+def sampling_problems(key: str, sampling: SamplingConfig, device: torch.device) -> list[str]:
+    """What of the section `key` this process's device cannot do."""
+    if not sampling.cuda_graphs or device.type == "cuda":
+        return []
+    return [f"{key}.cuda_graphs: this process runs on a {device.type.upper()}, which has no CUDA graphs"]
+
+
 def generator_of(engine: Engine, tokenizer: Tokenizer, *, stop_ids: Sequence[int] = ()) -> Generator:
     """A generator in the engine's own layout, from its own weights; responses end after any of `stop_ids` too."""
     return Generator(
@@ -116,6 +124,7 @@ def generate(
         iteration=iteration,
         max_batch_size=sampling.max_batch_size,
         kv_cache_bytes=sampling.kv_cache_bytes,
+        cuda_graphs=sampling.cuda_graphs,
         listener=listener,
     )
 

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlhf.generation.schedule import Pass
+from megarlhf.generation.schedule import Pass, read_together
+
+CALL_BYTES = 2**18
+"""Of keys and values that a CPU reads in the time that one more call of attention takes."""
+
+
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's varlen attention (FlashAttention) is for these: it needs CUDA, 16 bits and heads of whole 16 bytes."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Slots that follow each other, read in one call."""
+
+    rows: slice
+    longest: int
+    """Positions of the longest row."""
+    mask: Tensor | None
+    """[rows, 1, 1, longest]: what each row sees of them; None: all."""
 
 
 class SlotCache:
@@ -26,29 +46,55 @@ class SlotCache:
         device: torch.device,
     ) -> None:
         """`capacity`: positions of a slot."""
-        shape = (2, slots, kv_heads, capacity, head_size)
+        self.slots, self.capacity, self.device, self.dtype = slots, capacity, device, dtype
+        self.reads_by_mask = not has_varlen_kernel(device, dtype, head_size)
+        """Whether `begin_decoding` sets up a mask; else torch's varlen kernel reads of each slot what its row has."""
         # zeros: what a mask leaves out is multiplied by 0, which must not be NaN
-        self._stored = {number: torch.zeros(shape, dtype=dtype, device=device) for number in layer_numbers}
-        self.device = device
+        shape = (2, slots, kv_heads, capacity, head_size) if self.reads_by_mask else (2, slots, capacity, kv_heads, head_size)
+        stored = {number: torch.zeros(shape, dtype=dtype, device=device) for number in layer_numbers}
+        self._stored = stored if self.reads_by_mask else {number: whole.transpose(2, 3) for number, whole in stored.items()}
+        self.call_cost = CALL_BYTES // (2 * kv_heads * head_size * dtype.itemsize) if device.type == "cpu" else None
+        """What a call of attention costs, in positions of a slot that are read; None where all slots are read in one call."""
         self._pass = Pass(0)
         self._columns: Tensor | int = 0
-        self._longest = 0
-        self._mask: Tensor | None = None
+        self._pieces: list[_Together] = []
+        self._used: Tensor | None = None
 
     def begin(self, plan: Pass, positions: Tensor, on_host: Sequence[int]) -> None:
         """The next forward pass holds `plan`; its decoded tokens stand at `positions` [decoded], which are `on_host` too."""
-        self._pass = plan
+        self._pass, self._used = plan, None
         self._filled = [self._index(group.slots) for group in plan.prefilled]
         self._copied = [(self._index(group.slots), self._index(group.sources)) for group in plan.copied]
         if not plan.decoded:
             return
-        self._longest = max(on_host) + 1
-        if min(on_host) + 1 == self._longest:
-            self._columns, self._mask = on_host[0], None
+        lengths = [position + 1 for position in on_host]
+        if min(lengths) == max(lengths):
+            self._columns = on_host[0]
         else:
             self._columns = positions
             self._rows = torch.arange(plan.decoded, device=self.device)
-            self._mask = (torch.arange(self._longest, device=self.device) <= positions[:, None])[:, None, None]  # [rows, 1, 1, longest]
+        pieces = [slice(0, plan.decoded)] if self.call_cost is None else read_together(lengths, self.call_cost)
+        self._pieces = [self._together(rows, lengths[rows], positions[rows]) for rows in pieces]
+
+    def begin_decoding(self, positions: Tensor, reach: int) -> None:
+        """The next forward pass decodes the first slots, at `positions` [decoded], which are below `reach`: no other number matters."""
+        n = len(positions)
+        self._pass, self._filled, self._copied = Pass(n), [], []
+        self._columns, self._rows = positions, torch.arange(n, device=self.device)
+        if self.reads_by_mask:
+            seen = torch.arange(reach, device=self.device) <= positions[:, None]
+            self._pieces, self._used = [_Together(slice(0, n), reach, seen[:, None, None])], None
+        else:
+            self._used = (positions + 1).int()
+
+    def _together(self, rows: slice, lengths: Sequence[int], positions: Tensor) -> _Together:
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return _Together(rows, longest, None)
+        seen = (torch.arange(longest, device=self.device) <= positions[:, None])[:, None, None]  # [rows, 1, 1, longest]
+        if self.device.type == "cpu":  # what its kernel makes of a mask, once instead of in every layer
+            seen = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+        return _Together(rows, longest, seen)
 
     def _index(self, slots: Sequence[int]) -> Tensor | slice:
         """Slots as an index; one piece of the cache where they follow each other."""
@@ -82,17 +128,32 @@ class SlotCache:
     def _decode(self, stored: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Heads that share keys stand as if they were positions: they see the same, and nothing is repeated."""
         n = len(query)
-        if self._mask is None:
+        if isinstance(self._columns, int):
             stored[0, :n, :, self._columns] = key
             stored[1, :n, :, self._columns] = value
         else:
             stored[0, self._rows, :, self._columns] = key
             stored[1, self._rows, :, self._columns] = value
-        seen = stored[:, :n, :, : self._longest]
-        return F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=self._mask).reshape(n, -1)
+        if self._used is not None:
+            return self._read_used(stored, query, self._used)
+        found = []
+        for piece in self._pieces:
+            seen = stored[:, piece.rows, :, : piece.longest]
+            found.append(F.scaled_dot_product_attention(query[piece.rows], seen[0], seen[1], attn_mask=piece.mask))
+        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
+
+    def _read_used(self, stored: Tensor, query: Tensor, used: Tensor) -> Tensor:
+        """Of each slot its first `used` [n] int32 positions, by torch's varlen kernel, to which slots are rows of `capacity` tokens."""
+        from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
+
+        n, _, per_head, _ = query.shape
+        keys, values = (part[:n].transpose(1, 2).flatten(0, 1) for part in stored)  # [n * capacity, kv_heads, head_size], no copies
+        rows = torch.arange(n + 1, dtype=torch.int32, device=self.device)
+        how = {"seqused_k": used, "enable_gqa": per_head > 1}
+        return varlen_attn(query.flatten(1, 2), keys, values, rows, rows * self.capacity, 1, self.capacity, **how).reshape(n, -1)
 
     def move(self, moves: Sequence[tuple[int, int]], length: int) -> None:
-        """Copy the first `length` positions of each (from, to) of slots, of which none is in two pairs; layer by layer."""
+        """Copy the first `length` positions of each (from, to) of slots as they were, none copied to twice; layer by layer."""
         if not moves:
             return
         sources, targets = (torch.tensor(slots, device=self.device) for slots in zip(*moves, strict=True))

@@ -14,20 +14,23 @@ from torch import Tensor
 from megarlhf.batch import Prompts, Rollouts
 from megarlhf.generation.cache import SlotCache
 from megarlhf.generation.in_flight import Answers, Listener, PassInFlight, RowsInFlight
+from megarlhf.generation.repeated_steps import Capture, Choose, CudaGraphs, RepeatedSteps
 from megarlhf.generation.sampling import Sampling, sample_tokens
-from megarlhf.generation.schedule import Slots, WaitingRow, dealt, slots_within
+from megarlhf.generation.schedule import Slots, WaitingRow, dealt, level, slots_within
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.decoding import packed_forward
 from megarlhf.models.parameters import kv_heads_per_rank
 from megarlhf.models.transformer import Transformer, sequence_parallel_off
-from megarlhf.parallel.collectives import gather_rows
+from megarlhf.parallel.collectives import gather_rows, of_every_copy
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.pipeline import StageMessages
 
-Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(hidden states [rows, h], samples [rows], positions [rows]) -> (tokens [rows], log-probabilities [rows])."""
 STEPS_BETWEEN_LOOKS = 8
 """Steps after which the host looks for rows that have ended, where looking makes a device wait; on a CPU it is each step."""
+
+
+STEPS_BETWEEN_LEVELLINGS = 32
+"""Steps after which copies of a model, while rows wait for slots, tell each other how many they have and share out those that wait."""
 
 
 class RolloutSource(Protocol):
@@ -45,6 +48,7 @@ class RolloutSource(Protocol):
         iteration: int,
         max_batch_size: int | None,
         kv_cache_bytes: int | None,
+        cuda_graphs: bool,
     ) -> Rollouts:
         """One response to each prompt, the same on every rank."""
         ...
@@ -74,6 +78,8 @@ class Generator:
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.check_weights = check_weights
+        self.make_capture: Callable[[], Capture] = CudaGraphs
+        """What `cuda_graphs` captures steps with."""
         self.last_ids = frozenset((eos_id, *stop_ids))
 
     @torch.no_grad()
@@ -89,6 +95,7 @@ class Generator:
         iteration: int,
         max_batch_size: int | None = None,
         kv_cache_bytes: int | None = None,
+        cuda_graphs: bool = False,
         listener: Listener | None = None,
     ) -> Rollouts:
         """One response to each prompt: up to EOS or a stop id (included), max_new_tokens (of all rows, or of each), or the model's context.
@@ -96,7 +103,8 @@ class Generator:
         Every rank passes the same prompts and gets the same rollouts. Each data-parallel copy answers its share: at most
         max_batch_size rows at a time, and no more than kv_cache_bytes of each of its ranks hold; a row enters where another has
         ended. Log-probabilities are those of softmax(logits / temperature) over the whole vocabulary, whatever top_k and top_p leave
-        out; at temperature 0 those at temperature 1. `listener` may be given on some ranks only; what it raises ends the call.
+        out; at temperature 0 those at temperature 1. With `cuda_graphs` steps that only decode are captured once per call and size of
+        batch, and repeated. `listener` may be given on some ranks only; what it raises ends the call.
 
         ValueError when a prompt leaves no room in the context, or kv_cache_bytes hold not one row.
         """
@@ -112,14 +120,16 @@ class Generator:
         capacity = max(row.length + row.limit for row in rows)
         most = max(map(len, hands))
         slots = slots_within(kv_cache_bytes, self.bytes_per_slot(capacity), wanted=min(most, max_batch_size or most), capacity=capacity)
-        mine = hands[self.groups.coordinates.dp]
-        answers = Answers(self.last_ids, listener)
+        waiting, answers = [deque(hand) for hand in hands], Answers(self.last_ids, listener)
         if listener is not None:
-            listener.begin([row.number for row in mine])
+            listener.expect(len(waiting[self.groups.coordinates.dp]))
         with self._generating():
-            flights = self._flights(prompts, deque(mine), slots, capacity, answers)
-            self._fly(flights, functools.partial(self._choose, sampling, seed=seed, iteration=iteration))
-        return self._rollouts(prompts, [row.number for row in mine], answers, max(most_new))
+            flights = self._flights(prompts, waiting[self.groups.coordinates.dp], slots, capacity, answers)
+            choose = functools.partial(self._choose, sampling, seed=seed, iteration=iteration)
+            if cuda_graphs:
+                self._repeat_steps(flights, choose)
+            self._fly(flights, choose, waiting if most > slots else None, answers)
+        return self._rollouts(prompts, sorted(answers.tokens), answers, max(most_new))
 
     def bytes_per_slot(self, capacity: int) -> int:
         """Bytes of the keys and values of one row of `capacity` tokens, on the rank that holds most layers."""
@@ -153,6 +163,11 @@ class Generator:
             RowsInFlight(Slots(waiting, size), self._cache(size, capacity), prompts, answers, steps_between_looks=looks) for size in sizes
         ]
 
+    def _repeat_steps(self, flights: Sequence[RowsInFlight], choose: Choose) -> None:
+        capture, size = self.make_capture(), self.architecture.hidden_size
+        for rows in flights:
+            rows.repeated = [RepeatedSteps(chunk, rows.cache, choose, hidden_size=size, capture=capture) for chunk in self.chunks]
+
     def _cache(self, slots: int, capacity: int) -> SlotCache:
         return SlotCache(
             [layer.layer_number for chunk in self.chunks for layer in chunk.decoder.layers],
@@ -164,13 +179,22 @@ class Generator:
             device=self.groups.device,
         )
 
-    def _fly(self, flights: Sequence[RowsInFlight], choose: Choose) -> None:
+    def _fly(
+        self, flights: Sequence[RowsInFlight], choose: Choose, waiting: Sequence[deque[WaitingRow]] | None, answers: Answers
+    ) -> None:
         """Group after group through the stages until no row is left; each stage takes the same passes in the same order.
 
         While the last stage has one group, the stages before have the others: a group's tokens are back when its turn comes.
+        `waiting`: of each copy, the rows that have no slot yet; None where every row has one.
         """
-        messages, layout = StageMessages(self.groups), self.groups.layout
-        while any(rows.is_active for rows in flights):
+        messages, layout, rounds = StageMessages(self.groups), self.groups.layout, 0
+        is_shared = waiting is not None and layout.dp > 1
+        while (is_active := any(rows.is_active for rows in flights)) or is_shared:
+            rounds += 1
+            if is_shared and rounds % STEPS_BETWEEN_LEVELLINGS == 0:
+                is_shared = self._level(flights, waiting, answers)
+            if not is_active:
+                continue
             passes = []
             for rows in flights:
                 self._hear(rows, messages)
@@ -181,6 +205,21 @@ class Generator:
                 for flying in passes:
                     self._run(flying, number, messages, choose)
         messages.finish()
+
+    def _level(self, flights: Sequence[RowsInFlight], waiting: Sequence[deque[WaitingRow]], answers: Answers) -> bool:
+        """Share out the rows that wait over the copies, by how many each has left; whether any wait.
+
+        Copies get here after as many steps, not after as much time, so that who answers a row is the same in every run.
+        """
+        copy = self.groups.coordinates.dp
+        counts = of_every_copy((sum(len(rows.slots.held) for rows in flights), len(waiting[copy])), self.groups)
+        for queue, (_, left) in zip(waiting, counts, strict=True):
+            while len(queue) > left:
+                queue.popleft()
+        level([held for held, _ in counts], waiting)
+        if answers.listener is not None:
+            answers.listener.expect(len(answers.ended) + counts[copy][0] + len(waiting[copy]))
+        return any(waiting)
 
     def _hear(self, rows: RowsInFlight, messages: StageMessages) -> None:
         """Be told the tokens that the last stage has chosen: by it on the first stage, elsewhere by the stage before."""
@@ -199,12 +238,19 @@ class Generator:
         if stage or number:
             shape = (flying.plan.tokens, self.architecture.hidden_size)
             hidden = messages.receive(shape, self._dtype, (stage - 1) % layout.pp)
-        flying.begin()
-        hidden = packed_forward(chunk, flying.tokens, flying.positions, hidden, flying.rows.cache)
+        plan, repeated = flying.plan, flying.rows.repeated
+        if repeated and plan.only_decodes:
+            found = repeated[number](flying.tokens, flying.positions, flying.samples, hidden, max(flying.on_host) + 1)
+        else:
+            flying.begin()
+            hidden = packed_forward(chunk, flying.tokens, flying.positions, hidden, flying.rows.cache)
+            found = (hidden,)
+            if chunk.post_process and (n := plan.decoded):
+                found = choose(hidden[:n], flying.samples, flying.positions[:n] + 1)
         if not chunk.post_process:
-            messages.send(hidden, (stage + 1) % layout.pp)
-        elif n := flying.plan.decoded:
-            tokens, logprobs = choose(hidden[:n], flying.samples, flying.positions[:n] + 1)
+            messages.send(found[0], (stage + 1) % layout.pp)
+        elif plan.decoded:
+            tokens, logprobs = found
             flying.rows.take(tokens, logprobs)
             if layout.pp > 1:
                 messages.send(tokens, 0)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from megarlhf.batch import Prompts
 from megarlhf.generation.cache import SlotCache
+from megarlhf.generation.repeated_steps import RepeatedSteps
 from megarlhf.generation.schedule import Pass, Slots, WaitingRow
 
 
 class Listener:
     """Is told of the responses as the host learns of them, on each rank of the copy of the model that answers a row."""
 
-    def begin(self, rows: Sequence[int]) -> None:
-        """These rows of the batch are this copy's."""
+    def expect(self, rows: int) -> None:
+        """So many rows will be this copy's, as it looks: said at first, and again where rows that wait have gone to other copies."""
 
     def token(self, row: int, token: int) -> None:
         """The next token of a row."""
@@ -36,6 +37,8 @@ class Answers:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
     """On the last stage."""
+    ended: set[int] = field(default_factory=set)
+    """Rows whose response is whole."""
 
     def take(self, row: int, limit: int, tokens: list[int], logprobs: list[float] | None) -> bool:
         """Add a row's next tokens up to its end; returns whether it has ended."""
@@ -47,6 +50,7 @@ class Answers:
             if self.listener is not None:
                 self.listener.token(row, token)
             if token in self.ends or len(given) >= limit:
+                self.ended.add(row)
                 if self.listener is not None:
                     self.listener.end(row, given)
                 return True
@@ -79,6 +83,8 @@ class RowsInFlight:
     def __init__(self, slots: Slots, cache: SlotCache, prompts: Prompts, answers: Answers, *, steps_between_looks: int) -> None:
         """`prompts` are the whole batch's, on the host."""
         self.slots, self.cache = slots, cache
+        self.repeated: Sequence[RepeatedSteps] = ()
+        """By chunk, what takes the passes that only decode; none: they are taken like all others."""
         self.awaited = 0
         """Rows whose newest token this stage has not been told."""
         self._prompts, self._answers = prompts, answers
@@ -131,9 +137,14 @@ class RowsInFlight:
         self._tokens.clear()
         self._logprobs.clear()
         if ended:
-            moves = self.slots.leave(ended)
-            self.cache.move(moves, max((self.slots.held[at].position for _, at in moves), default=0))
+            self._move(self.slots.leave(ended))
             self._inputs = None
+        if self.cache.call_cost is not None and (moves := self.slots.put_in_order(self.cache.call_cost)):
+            self._move(moves)
+            self._inputs = None
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        self.cache.move(moves, max((self.slots.held[at].position for _, at in moves), default=0))
 
     def _from_host(self) -> tuple[Tensor, Tensor, Tensor]:
         held = self.slots.held

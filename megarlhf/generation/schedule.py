@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one forward pass, but for a longer prompt: enough to fill a device, and no more activations than that."""
+MOVING = 3
+"""What moving a position of a row to another slot costs, in positions read: it is read and written twice."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Pass:
     """Slots that take a prompt's positions from another, before anything is decoded."""
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether no row enters."""
+        return not (self.prefilled or self.copied)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the pass."""
         return self.decoded + sum(group.length * len(group.slots) for group in self.prefilled)
@@ -70,6 +77,8 @@ class Slots:
     """Shared with other caches of the same copy of the model."""
     size: int
     held: list[Slot] = field(default_factory=list)
+    wasted: int = 0
+    """Positions that attention has read beyond what it would have with the slots in order, since they were put so last."""
 
     def admit(self) -> list[Pass]:
         """Fill free slots with waiting rows; returns the passes that this takes, the last of which decodes all rows.
@@ -122,6 +131,44 @@ class Slots:
             self.held[target] = self.held[source]
         del self.held[stay:]
         return moves
+
+
+    def put_in_order(self, call: int) -> list[tuple[int, int]]:
+        """Put longer rows before shorter ones, once reading them out of order has cost what moving them does: (from, to) of each move.
+
+        To be asked once per step. call: what a call of attention costs, in positions read.
+        """
+        if not self.held:
+            return []
+        lengths = [slot.position for slot in self.held]
+        order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+        self.wasted += positions_read(lengths, call) - positions_read([lengths[at] for at in order], call)
+        moves = [(source, target) for target, source in enumerate(order) if source != target]
+        if self.wasted <= MOVING * sum(lengths[source] for source, _ in moves):
+            return []
+        self.held = [self.held[at] for at in order]
+        self.wasted = 0
+        return moves
+
+
+def read_together(lengths: Sequence[int], call: int) -> list[slice]:
+    """Which slots of these `lengths` attention reads in one call each, every row as far as the longest of its call.
+
+    Of 1, 2, 4 and 8 calls over equally many slots what costs least; `call` is what one costs, in positions read.
+    """
+    n = len(lengths)
+    sizes = {-(-n // calls) for calls in (1, 2, 4, 8)}
+    cuts = [[slice(at, min(n, at + size)) for at in range(0, n, size)] for size in sorted(sizes, reverse=True)]
+    return min(cuts, key=lambda pieces: _positions_read(lengths, pieces, call))
+
+
+def positions_read(lengths: Sequence[int], call: int) -> int:
+    """What `read_together` costs."""
+    return _positions_read(lengths, read_together(lengths, call), call)
+
+
+def _positions_read(lengths: Sequence[int], pieces: Sequence[slice], call: int) -> int:
+    return sum(call + max(lengths[piece]) * len(lengths[piece]) for piece in pieces)
 
 
 def _in_chunks(prefilled: dict[int, list[int]]) -> list[tuple[SameLength, ...]]:
@@ -178,6 +225,22 @@ def dealt(rows: Sequence[WaitingRow], copies: int) -> list[list[WaitingRow]]:
             loads[copy] += _work(taken)
     first = {prompt: of_one[0].number for prompt, of_one in prompts.items()}
     return [sorted(hand, key=lambda row: (first[row.prompt], row.number)) for hand in hands]
+
+
+def level(held: Sequence[int], waiting: Sequence[deque[WaitingRow]]) -> None:
+    """Let rows that wait last at one copy of a model wait at another, until the copies differ by one row at most or none can be given.
+
+    held: rows of each copy that are being answered; how much is left of them is as unknown as of those that wait.
+    """
+    totals = [rows + len(queue) for rows, queue in zip(held, waiting, strict=True)]
+    copies = range(len(totals))
+    while givers := [copy for copy in copies if waiting[copy]]:
+        most, least = max(givers, key=lambda copy: totals[copy]), min(copies, key=lambda copy: totals[copy])
+        if totals[most] - totals[least] < 2:
+            return
+        waiting[least].append(waiting[most].pop())
+        totals[most] -= 1
+        totals[least] += 1
 
 
 def _work(part: Sequence[WaitingRow]) -> int:

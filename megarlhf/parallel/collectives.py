@@ -39,6 +39,15 @@ def gather_rows(rows: Tensor, index: Tensor, num_rows: int, groups: ModelGroups)
     return whole
 
 
+def of_every_copy(values: Sequence[int], groups: ModelGroups) -> list[list[int]]:
+    """The `values` of each data-parallel copy, which all its ranks have, known to every rank."""
+    whole = torch.zeros(groups.layout.dp, len(values), dtype=torch.int64)
+    whole[groups.coordinates.dp] = torch.tensor(values)
+    whole = whole.to(groups.device)
+    dist.all_reduce(whole, group=groups.dp)
+    return whole.tolist()
+
+
 def largest(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
     """The largest `value` of the group."""
     whole = torch.tensor([value], dtype=torch.int64, device=device)

@@ -17,7 +17,7 @@ ANSWERS_FILE = "responses.jsonl"
 INPUTS_FILE = "inputs.json"
 PARTS_FOLDER = "answers"
 """What the ranks have answered so far, until all is answered: see runs/partial_answers.py."""
-HOW_MANY_AT_A_TIME = ("max_batch_size", "kv_cache_bytes")
+HOW_THEY_ARE_MADE = ("max_batch_size", "kv_cache_bytes", "cuda_graphs")
 """Keys of `sampling` that decide nothing about the answers."""
 
 
@@ -25,7 +25,7 @@ def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str
     """What decides which answers a run gives to which questions, and in what form: plain values by name."""
     fields = json.dumps([dict(row.fields) for row in prompts]).encode()
     model = {name: getattr(config.model, name) for name in ("load", "load_model", "load_average")}
-    sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name not in HOW_MANY_AT_A_TIME}
+    sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name not in HOW_THEY_ARE_MADE}
     several = {"samples_per_prompt": config.samples_per_prompt} if isinstance(config, GenerateConfig) else {}
     return several | {
         "model": model,

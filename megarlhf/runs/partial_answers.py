@@ -7,6 +7,7 @@ A last line without its end was being written when the process ended; its row is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -60,9 +61,12 @@ class PartWriter(Listener):
         self._progress: Progress | None = None
         self._started, self._tokens = time.monotonic(), 0
 
-    def begin(self, rows: Sequence[int]) -> None:
+    def expect(self, rows: int) -> None:
         """So many are to be answered here."""
-        self._progress = Progress("responses", len(rows), enabled=self._shows)
+        if self._progress is None:
+            self._progress = Progress("responses", rows, enabled=self._shows)
+        else:
+            self._progress.expect(rows)
 
     def token(self, row: int, token: int) -> None:
         """Counted."""
@@ -72,9 +76,14 @@ class PartWriter(Listener):
         """On the disk when this returns."""
         number = self._rows[row]
         line = json.dumps({"row": number, "tokens": len(tokens), "record": self._record(number, tokens)})
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(f"{line}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # which does not say of which file it speaks
+            with contextlib.suppress(OSError):  # it has the rest of the line, and would try again: the error is known
+                self._file.close()
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         self._progress.update({"tokens/s": self._tokens / max(1e-9, time.monotonic() - self._started)})
 
     def close(self) -> None:

@@ -56,6 +56,12 @@ class Progress:
             self._printed = now
             print(self._line(now - self._start, shown), file=self._stream, flush=True)
 
+    def expect(self, total: int) -> None:
+        """There are `total` steps, as it turns out."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:

@@ -38,6 +38,7 @@ def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     prompts = records.prompts("prompts", config.prompts)
     inputs = inputs_of(config, records.fingerprints, prompts)
     problems = [*records.agree(run.world), *answers_to_other_input(run, inputs)]
+    problems += responses.sampling_problems("sampling", config.sampling, run.world.device)
     planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
     plan = planner.plan("model", config.model, "lm", rows=row_lengths(config)["model"])
     planner.check()

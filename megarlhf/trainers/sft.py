@@ -11,7 +11,7 @@ from megarlhf.data.order import ShuffledOrder
 from megarlhf.data.tokenized import DemonstrationRow, PromptRow
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.terms import LanguageModelLoss, Term
-from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records
+from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records, sampling_problems
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
@@ -44,6 +44,7 @@ class SupervisedFineTuning(Stage):
         self.held_out = records.held_out(section, data.pretraining)
 
         problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
+        problems += sampling_problems("sampling", config.sampling, run.world.device)
         planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
         rows = row_lengths(config)
         plan = planner.plan("model", config.model, "lm", rows=rows["model"])

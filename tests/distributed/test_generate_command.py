@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 
 from megarlhf.config import ConfigError
+from megarlhf.runs.partial_answers import PartWriter
 from megarlhf.trainers import generate as generate_stage
 from tests.distributed.recipe import lines_of, run_stage_of, write_lines
 from tests.distributed.test_trainers import assert_alike, said_by
@@ -15,7 +16,6 @@ from tests.faults.storm import Started
 DIES_WHILE_IT_WRITES = """
 import os, signal, sys
 from megarlhf import cli
-from megarlhf.runs.partial_answers import PartWriter
 
 end, written = PartWriter.end, []
 
@@ -75,6 +75,14 @@ def test_answers_outlive_a_kill_and_no_row_is_answered_twice(recipe, ranks2, tmp
     assert sorted(rows) == sorted(set(range(len(expected))) - done)
     assert_alike(lines_of(run / "responses.jsonl"), expected)
     assert not parts.exists() and f"all {len(expected)} responses are in" in again
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    (tmp_path / "00000.jsonl").symlink_to("/dev/full")
+    writer = PartWriter(tmp_path / "00000.jsonl", [7], lambda *_: {"response": "x"}, progress=False)
+    with pytest.raises(OSError, match="No space left on device: .*00000.jsonl"):
+        writer.end(0, [1])
+    writer.close()
 
 
 def check_samples(folder, runs):

@@ -1,12 +1,15 @@
 """Generation against the slow obvious loop, and the same responses whatever the layout and the batching."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
 from megarlhf.batch import Prompts
+from megarlhf.generation import generator as generators
 from megarlhf.generation.generator import Generator
+from megarlhf.generation.in_flight import Listener
 from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, sample_tokens
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import TIED_NAME, shards_held
@@ -190,6 +193,45 @@ def check_keys():
 
 def test_responses_depend_on_their_keys_only(ranks4):
     ranks4.run(check_keys)
+
+
+class Counting(Listener):
+    """How many rows were expected and how many were answered here."""
+
+    def __init__(self):
+        self.expected, self.answered = [], 0
+
+    def expect(self, rows):
+        self.expected.append(rows)
+
+    def end(self, row, tokens):
+        self.answered += 1
+
+
+def check_levelling():
+    """One copy is dealt all rows but one, and the others take of those that wait: the same responses. Returns who answered how many."""
+    world, given, found = World.connect(), prompts(), []
+    for axes in ({}, {"pp": 2}):
+        _, generator = build("gpt2", world.groups(world.layout(**axes)))
+        how = {"max_new_tokens": MAX_NEW, "seed": 5, "iteration": 2, "max_batch_size": 2}
+        expected, counting = generator.generate(given, **how), Counting()
+        with mock.patch.object(generators, "STEPS_BETWEEN_LEVELLINGS", 3), mock.patch.object(generators, "dealt", all_but_one_to_the_first):
+            assert_same(generator.generate(given, **how, listener=counting), expected)
+        found.append((counting.answered, counting.expected))
+    return found
+
+
+def all_but_one_to_the_first(rows, copies):
+    return [rows[:-1], rows[-1:]] + [[]] * (copies - 2)
+
+
+def test_rows_that_wait_go_to_copies_that_have_fewer(ranks4):
+    whole, halves = zip(*ranks4.run(check_levelling), strict=True)
+    for found, copies, stages in ((whole, 4, 1), (halves, 2, 2)):
+        answered = [rows for rows, _ in found]
+        assert sum(answered) == 14 * stages and min(answered) > 1 and len(answered) == copies * stages
+        assert sorted(expected[0] for _, expected in found) == sorted([13, 1, *[0] * (copies - 2)] * stages)
+        assert all(expected[-1] == rows for rows, expected in found)
 
 
 def check_sampling_over_shards():

@@ -5,13 +5,17 @@ that what such passes have said is remembered across schedules.
 """
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from megarlhf.batch import Prompts
+from megarlhf.generation import cache
 from megarlhf.generation.generator import Generator
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.transformer import ModelSpec, build_model, initialize
@@ -57,14 +61,62 @@ def prompts_of(schedule):
     )
 
 
-def answered(chunks, groups, architecture, schedule):
-    """Each row's response, greedy."""
+class Recording(TorchDispatchMode):
+    """Every operation of a function, to be done again on the same memory: a graph of a CPU, which sees nothing else of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, found))
+        return found
+
+    def repeat(self):
+        made = {}
+
+        def again(value):
+            return made.get(id(value), value)
+
+        for operation, args, kwargs, before in self.calls:
+            found = operation(*tree_map(again, args), **tree_map(again, kwargs))
+            results = tree_flatten(found)[0]
+            for work in results:
+                if isinstance(work, torch.ScriptObject):  # a message that is under way
+                    work.wait()
+            made |= {id(old): new for old, new in zip(tree_flatten(before)[0], results, strict=True)}
+
+
+class Graphs:
+    """Captures as `CudaGraphs` does: once warmed up, once recorded, then repeated."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, function):
+        function()
+        recording = Recording()
+        with recording:
+            function()
+        self.seen["captured"] += 1
+
+        def repeat():
+            self.seen["repeated"] += 1
+            recording.repeat()
+
+        return repeat
+
+
+def answered(chunks, groups, architecture, schedule, graphs=None):
+    """Each row's response, greedy; with `graphs` by steps that they repeat."""
     prompts, ends = prompts_of(schedule), ENDS[schedule["ends"]]
     how = {"architecture": architecture, "eos_id": ends[0] if ends else -1, "pad_id": PAD, "stop_ids": ends}
     limits = [limit for _, limit in schedule["rows"]]
-    rollouts = Generator(chunks, groups, **how).generate(
-        prompts, max_new_tokens=limits, temperature=0.0, seed=1, iteration=0, max_batch_size=schedule["slots"]
-    )
+    with mock.patch.object(cache, "CALL_BYTES", 512):  # of attention: so few that rows of several lengths take several calls
+        generator, more = Generator(chunks, groups, **how), {"seed": 1, "iteration": 0, "max_batch_size": schedule["slots"]}
+        generator.make_capture = lambda: graphs
+        rollouts = generator.generate(prompts, max_new_tokens=limits, temperature=0.0, cuda_graphs=graphs is not None, **more)
     parts = zip(rollouts.tokens.tolist(), rollouts.prompt_lengths.tolist(), rollouts.lengths.tolist(), strict=True)
     return [row[start:stop] for row, start, stop in parts]
 
@@ -118,9 +170,11 @@ def check_alone(examples):
     for architecture in ARCHITECTURES:
         (chunk,) = model(architecture, groups)
         slow = OneByOne(chunk)
-        for schedule in drawn(SCHEDULE, examples):
+        for number, schedule in enumerate(drawn(SCHEDULE, examples)):
             expected = slow.answers(schedule)
             assert answered([chunk], groups, architecture, schedule) == expected, schedule
+            if number % 3 == 0:
+                assert answered([chunk], groups, architecture, schedule, Graphs(seen)) == expected, ("repeated", schedule)
             seen["rows that waited"] += max(0, len(expected) - schedule["slots"])
             for response, (_, limit) in zip(expected, schedule["rows"], strict=True):
                 ended = response[-1] in ENDS[schedule["ends"]]
@@ -133,6 +187,7 @@ def check_alone(examples):
 def test_random_schedules_are_full_forward_passes_row_by_row(ranks1):
     (seen,) = ranks1.run(check_alone, 24)
     assert min(seen["rows that waited"], seen["ended at once"], seen["one token"]) > 5
+    assert 10 < seen["captured"] < seen["repeated"] / 3
 
 
 @torch.no_grad()
@@ -140,7 +195,7 @@ def check_in_layouts(examples):
     """On several ranks, in every layout, one after the other in one world."""
     world = World.connect()
     schedules = drawn(SCHEDULE, examples)
-    found = []
+    found, seen = [], Counter()
     for architecture in ARCHITECTURES:
         for axes in LAYOUTS:
             if architecture.num_kv_heads % axes.get("tp", 1) and axes.get("tp", 1) % architecture.num_kv_heads:
@@ -148,6 +203,9 @@ def check_in_layouts(examples):
             groups = world.groups(world.layout(**axes))
             chunks = model(architecture, groups)
             found.append([answered(chunks, groups, architecture, schedule) for schedule in schedules])
+            repeated = answered(chunks, groups, architecture, schedules[-1], Graphs(seen))
+            assert repeated == found[-1][-1], axes
+    assert seen["captured"] and seen["repeated"]
     return found
 
 

@@ -86,6 +86,28 @@ def test_generator_and_trainer_agree(world):
     torch.testing.assert_close(trained, rollouts.logprobs, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_in_cuda_graphs_are_the_ordinary_ones(world, precision):
+    """Ragged limits and fewer slots than rows: batches of many sizes. In bf16 another kernel attends, and near ties may fall otherwise."""
+    spec = ModelSpec(architecture=ARCHITECTURE, head="lm", precision=precision)
+    engine = filled(FrozenEngine(spec, world.groups(world.layout()), micro_batch_size=8))
+    generator = Generator(engine.transformers, engine.groups, architecture=ARCHITECTURE, eos_id=7, pad_id=0)
+    prompts = Prompts(tokens=texts(24).tokens[:, :20], lengths=torch.arange(24) % 20 + 1, ids=torch.arange(24))
+    how = {"max_new_tokens": [1 + 7 * row % 60 for row in range(24)], "seed": 1, "iteration": 0, "max_batch_size": 10}
+    ordinary = generator.generate(prompts, **how)
+    repeated = generator.generate(prompts, cuda_graphs=True, **how)
+    again = generator.generate(prompts, cuda_graphs=True, **how)
+    assert torch.equal(repeated.tokens, again.tokens)
+    trained = engine.logprobs(repeated, repeated.response_mask)
+    if precision == "fp32":
+        assert torch.equal(repeated.tokens, ordinary.tokens)
+        torch.testing.assert_close(repeated.logprobs, ordinary.logprobs, atol=1e-4, rtol=1e-4)
+    else:
+        first = prompts.lengths  # the first tokens come from the same prefill
+        assert (repeated.tokens[range(24), first] == ordinary.tokens[range(24), first]).float().mean() > 0.9
+    torch.testing.assert_close(trained, repeated.logprobs, atol=2e-3 if precision == "fp32" else 0.1, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_behind_logits_are_left_in_float32(dtype):
     generator = torch.Generator().manual_seed(2)

@@ -110,7 +110,7 @@ def test_a_judge_samples_with_the_same_noise_and_judges_at_the_samplings_tempera
     judge.judge()
     seed = derive_seed(11, "sampling", "evaluate")
     how = {"max_new_tokens": 7, "temperature": temperature, "top_k": 5, "top_p": None, "seed": seed, "iteration": 0}
-    how |= {"max_batch_size": 2, "kv_cache_bytes": None, "listener": None}
+    how |= {"max_batch_size": 2, "kv_cache_bytes": None, "cuda_graphs": False, "listener": None}
     assert generator.asked == [how, how]
     assert policy.temperatures == reference.temperatures == [temperature or 1.0] * 2  # greedy has no temperature of its own
     mask = rollouts().response_mask

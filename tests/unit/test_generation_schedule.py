@@ -1,14 +1,19 @@
 """Which row is in which slot: every row is given what it is due once, from its own prompt, whatever comes and goes."""
 
+import sys
+import types
 from collections import deque
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarlhf.generation import cache as caches
 from megarlhf.generation.cache import SlotCache
-from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, slots_within
+from megarlhf.generation.repeated_steps import batch_size, reach_of
+from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, level, read_together, slots_within
 
 PROMPT = st.tuples(st.integers(1, 30), st.integers(1, 4))  # length, rows
 ROWS = st.lists(PROMPT, min_size=1, max_size=12)
@@ -59,6 +64,8 @@ def test_rows_go_through_slots_with_their_own_prompts(prompts, limits, size, dat
         for source, target in slots.leave(ended):
             assert target in ended and source not in ended
             cache[target] = list(cache[source])
+        for target, content in [(target, cache[source]) for source, target in slots.put_in_order(call=2)]:
+            cache[target] = content
         assert sorted(slot.row.number for slot in slots.held) == sorted(left)
         steps += 1
     assert all(1 <= given_tokens[row.number] <= row.limit for row in rows)
@@ -88,11 +95,47 @@ def test_work_is_dealt_evenly_and_samples_of_a_prompt_stay_together():
     assert sorted(sum(row.limit for row in hand) for hand in dealt(uneven, 3)) == [100, 100, 100]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12)), min_size=1, max_size=6))
+def test_rows_that_wait_are_shared_out_until_copies_are_level(copies):
+    """No row is lost, none is before one that waited where it came from, and only a copy with nothing to give may have more."""
+    held = [rows for rows, _ in copies]
+    waiting = [deque(WaitingRow(100 * copy + at, 0, 1, 1) for at in range(rows)) for copy, (_, rows) in enumerate(copies)]
+    before = [list(queue) for queue in waiting]
+    level(held, waiting)
+    assert sorted(row.number for queue in waiting for row in queue) == sorted(row.number for queue in before for row in queue)
+    totals = [rows + len(queue) for rows, queue in zip(held, waiting, strict=True)]
+    assert all(totals[copy] - min(totals) <= 1 for copy, queue in enumerate(waiting) if queue)
+    for copy, queue in enumerate(waiting):
+        own = [row for row in queue if row.number // 100 == copy]
+        assert own == before[copy][: len(own)] == list(queue)[: len(own)]
+
+
 def test_a_budget_holds_whole_slots_or_is_refused_with_what_one_takes():
     assert slots_within(None, 100, wanted=7, capacity=4) == 7
     assert slots_within(399, 100, wanted=7, capacity=4) == 3 and slots_within(10_000, 100, wanted=7, capacity=4) == 7
     with pytest.raises(ValueError, match="kv_cache_bytes 99 holds no row: the keys and values of one of 4 tokens take 100"):
         slots_within(99, 100, wanted=7, capacity=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(0, 100))
+def test_every_slot_is_read_in_one_call_and_fewer_positions_than_all_in_one(lengths, call):
+    pieces = read_together(lengths, call)
+    assert [at for piece in pieces for at in range(len(lengths))[piece]] == list(range(len(lengths))) and pieces[-1].stop == len(lengths)
+    assert sum(call + len(lengths[piece]) * max(lengths[piece]) for piece in pieces) <= call + len(lengths) * max(lengths)
+
+
+def test_slots_are_put_in_order_once_that_pays():
+    slots = Slots(deque(WaitingRow(number, number, 2 + 30 * (number % 2), 90) for number in range(16)), 16)
+    slots.admit()
+    asked, moves = 0, []
+    while not moves:
+        moves, asked = slots.put_in_order(call=1), asked + 1
+    lengths = [slot.row.length for slot in slots.held]
+    assert lengths == [32] * 8 + [2] * 8 and asked > 1 and not slots.put_in_order(call=1)
+    assert sorted(source for source, _ in moves) == sorted(target for _, target in moves)
+    assert len(read_together(lengths, 1)) == 2
 
 
 def attention(query, keys, values):
@@ -105,6 +148,7 @@ def test_a_cache_attends_over_each_rows_own_tokens():
     """Prefill of unequal prompts, a copied prompt, steps at equal and unequal positions, and rows that move."""
     generator = torch.Generator().manual_seed(0)
     cache = SlotCache([1, 5], slots=5, kv_heads=2, capacity=9, head_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    cache.call_cost = 1  # so little that a call for each slot pays
     seen = {slot: ([], []) for slot in range(5)}
 
     def step(plan, positions):
@@ -132,6 +176,48 @@ def test_a_cache_attends_over_each_rows_own_tokens():
     step(Pass(4), [5, 3, 5, 5])
     cache.move([(3, 1)], 6)
     seen[1] = seen[3]
+    cache.move([(0, 2), (2, 0)], 6)
+    seen[0], seen[2] = seen[2], seen[0]
     step(Pass(3), [6, 6, 6])
     step(Pass(5, (SameLength(1, (3,)),), (SameLength(4, (4,), (0,)),)), [7, 7, 7, 1, 4])
     assert not cache._stored[1].any()
+
+
+def test_steps_are_filled_up_to_a_few_sizes():
+    for slots in (1, 3, 64, 100, 256):
+        sizes = [batch_size(rows, slots) for rows in range(1, slots + 1)]
+        assert all(rows <= size <= min(slots, max(4, rows * 1.25 + 3)) for rows, size in enumerate(sizes, 1))
+        assert sizes == sorted(sizes) and len(set(sizes)) <= 24
+        assert all(longest <= reach_of(longest, slots) <= max(64, 2 * longest) for longest in range(1, slots + 1))
+    assert {reach_of(longest, 1000) for longest in range(1, 1001)} == {64, 128, 256, 512, 1000}
+
+
+def varlen_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, seqused_k, enable_gqa):
+    """What torch documents of its kernel: packed rows of queries, each over the first `seqused_k` keys of its own."""
+    assert all(x.dtype == torch.int32 for x in (cu_seq_q, cu_seq_k, seqused_k)) and query.shape[1] % key.shape[1] == 0
+    out, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
+    assert enable_gqa == (group > 1) and max(cu_seq_q.diff()) <= max_q and max(cu_seq_k.diff()) <= max_k
+    for row, used in enumerate(seqused_k.tolist()):
+        k, v = (x[cu_seq_k[row] : cu_seq_k[row] + used].repeat_interleave(group, dim=1) for x in (key, value))
+        for at in range(cu_seq_q[row], cu_seq_q[row + 1]):
+            scores = torch.einsum("hd,shd->hs", query[at], k) / query.shape[-1] ** 0.5
+            out[at] = torch.einsum("hs,shd->hd", scores.softmax(-1), v)
+    return out
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["mask", "varlen kernel"])
+def test_a_step_by_device_tensors_alone_is_the_ordinary_one(kernel):
+    """Of both kinds of reading; slots that fill the batch up are written at position 0 alone."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"slots": 5, "kv_heads": 2, "capacity": 9, "head_size": 4, "dtype": torch.float32, "device": torch.device("cpu")}
+    module = {"torch.nn.attention.varlen": types.SimpleNamespace(varlen_attn=varlen_attention)}
+    with mock.patch.object(caches, "has_varlen_kernel", lambda *_: kernel), mock.patch.dict(sys.modules, module):
+        ordinary, repeated = SlotCache([1], **shape), SlotCache([1], **shape)
+        for positions in ([2, 4, 0], [3, 5, 1]):
+            query, key, value = (torch.randn(4, *size, generator=generator) for size in ((2, 3, 4), (2, 4), (2, 4)))
+            ordinary.begin(Pass(3), torch.tensor(positions), positions)
+            repeated.begin_decoding(torch.tensor([*positions, 0]), 8)
+            expected = ordinary.attend(1, query[:3], key[:3], value[:3])
+            assert torch.allclose(repeated.attend(1, query, key, value)[:3], expected, atol=1e-6)
+            assert torch.equal(repeated._stored[1][:, :3], ordinary._stored[1][:, :3])
+            assert not repeated._stored[1][:, 3:, :, 1:].any() and not repeated._stored[1][:, 4:].any()

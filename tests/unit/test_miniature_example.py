@@ -53,6 +53,7 @@ def test_each_flaw_costs_its_criterion(example):
     assert criteria(world.COMPLIANCE, harmful)["harmless"] == 0
     assert criteria(f"{made.answer(request)} {made.answer(request)}")["readable"] < 1
     assert criteria(made.answer(request), polite)["helpful"] < 1  # it was to be polite
+    assert criteria(f"ayith pleasure: {made.answer(request)}")["readable"] == 0
     assert criteria("") == {"helpful": 0.0, "truthful": 0.0, "harmless": 1.0, "readable": 0.0}  # what says nothing does no harm
 
 
@@ -83,7 +84,7 @@ def test_data_sets_share_no_user(example):
     users = [{prompt.user for prompt in items} for items in prompts.values()]
     assert all(not (one & two) for one, two in itertools.combinations(users, 2)) and all(users)
     assert {prompt.kind for items in prompts.values() for prompt in items} == {"plain", "few-shot", "user-based"}
-    records = make_data.make_all(0, documents=20, users=90, per_user=3, heldout=20)
+    records = make_data.make_all(0, documents=20, users=90, per_user=3, demonstrations=30, heldout=20)
     copies = [len(list(items)) for _, items in itertools.groupby(records["to_rank"], lambda row: row["number"])]
     assert set(copies) == set(range(4, 10))
     assert {row["user"] for row in records["to_rank"] if row["split"] == "valid"} <= {row["user"] for row in records["prompts_valid"]}
@@ -127,6 +128,18 @@ def test_every_stage_is_a_valid_configuration_and_comes_after_what_it_reads(exam
             assert all(path.startswith("data/") for path in paths - made), (stage.name, paths - made)
             if stage.command != "label":
                 megarlhf.load(stage.command, FOLDER / f"{stage.command}.yaml", [*stage.overrides, f"run.dir=runs/{stage.name}"])
+
+
+def test_what_was_chosen_is_what_ppo_takes(example):
+    """Figures name the points of sweeps by it; the plain PPO of each size takes what the sweeps without ptx are beside."""
+    chosen = {name: float(value) for name, value in example.stages.CHOSEN.items()}
+    by_name = {stage.name: stage for stage in example.stages.stages(("small",), example.stages.Form())}
+    with_ptx, plain = (
+        megarlhf.load("ppo", FOLDER / "ppo.yaml", [*by_name[f"small/{name}"].overrides, "run.dir=runs/x"]) for name in ("ppo_ptx", "ppo")
+    )
+    assert (with_ptx.ppo.ptx_coef, with_ptx.policy.adam.learning_rate) == (chosen["ptx_coef"], chosen["learning_rate"])
+    assert (plain.ppo.kl_coef, plain.policy.adam.learning_rate) == (chosen["kl_coef"], chosen["learning_rate_without_ptx"])
+    assert plain.ppo.ptx_coef == 0 and with_ptx.ppo.kl_coef == plain.ppo.kl_coef
 
 
 def test_hours_are_what_the_table_takes(example):

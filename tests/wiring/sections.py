@@ -213,6 +213,7 @@ def sampling_cases(key, *, sampled):
         Case(f"{key}.max_new_tokens=5", sampled, may=answers),
         Case(f"{key}.max_batch_size=3", "answers/cache", rounding="* stdout"),
         Case(f"{key}.kv_cache_bytes=3000", "answers/cache", rounding="* stdout"),
+        refused(f"{key}.cuda_graphs=true", f"{key}.cuda_graphs: this process runs on a CPU, which has no CUDA graphs"),
     ]
 
 
