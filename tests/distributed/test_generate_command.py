@@ -16,6 +16,7 @@ from tests.faults.storm import Started
 DIES_WHILE_IT_WRITES = """
 import os, signal, sys
 from megarlhf import cli
+from megarlhf.runs.partial_answers import PartWriter
 
 end, written = PartWriter.end, []
 
