@@ -100,16 +100,16 @@ class Engine:
         shares = self.shares(batch, minibatches=minibatches)
         mine = padded_share(shares[self.groups.coordinates.dp], self.groups)
         pieces = [batch.rows(index) for index in mine]
+        places = [None if positions is None else positions[i][:, : p.tokens.shape[1] - 1] for i, p in zip(mine, pieces, strict=True)]
+        wanted = [wanted_tokens(*of_piece) for of_piece in zip(pieces, places, strict=True)]
 
-        def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-            index, piece = mine[number], pieces[number]
+        def compute(model: Transformer, hidden: Tensor, wanted: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
             loss = torch.zeros((), device=hidden.device)
             if number >= len(shares[self.groups.coordinates.dp]):
                 return loss, None
-            wanted = None if positions is None else positions[index][:, : piece.tokens.shape[1] - 1]
-            return loss, (index, self.output(model, hidden, piece, output, wanted, temperature))
+            return loss, (mine[number], self.output(model, hidden, wanted, pieces[number], output, places[number], temperature))
 
-        results = run_schedule(self.transformers, self.groups, pieces, compute, backward=False)
+        results = run_schedule(self.transformers, self.groups, pieces, wanted, compute, backward=False)
         return self._gathered([result for result in results if result is not None], batch, output)
 
     def _gathered(self, results: list[tuple[Tensor, Tensor]], batch: Rows, output: str) -> Tensor:
@@ -126,48 +126,43 @@ class Engine:
         return gather_rows(computed, index.to(computed.device), batch.num_rows, self.groups).cpu()
 
     def output(
-        self, model: Transformer, hidden: Tensor, piece: Rows, output: Output, positions: Tensor | None, temperature: float
+        self,
+        model: Transformer,
+        hidden: Tensor,
+        wanted: Tensor,
+        piece: Rows,
+        output: Output,
+        positions: Tensor | None,
+        temperature: float,
     ) -> Tensor:
-        """One micro-batch's output from the packed rows' last hidden states [tokens (/ tp), 1, h]: see `Loss.output` for the shapes.
+        """One micro-batch's output from what `Compute` is given: see `Loss.output` for the shapes.
 
-        `piece` and `positions` are on the host.
+        `piece` and `positions` are on the host, where counting what is wanted waits for no device; `wanted` are their `wanted_tokens`.
         """
-        if output == "logprobs":
-            return self._predictions(model, hidden, piece, positions, temperature)[0]
-        if output == "logprobs and entropy":
-            return self._predictions(model, hidden, piece, positions, temperature, entropy_too=True)
-        starts = _starts(piece)
         if output == "scores":
-            (last,) = upload([starts + piece.lengths - 1], hidden.device)
-            return model.scalars(hidden, last)
+            return model.scalars(hidden, wanted)
         rows, width = positions.shape
         row, column = positions.nonzero(as_tuple=True)
-        source, target = upload([starts[row] + column, row * width + column], hidden.device)
-        values = model.scalars(hidden, source)
-        return torch.zeros(rows * width, device=hidden.device).index_copy(0, target, values).view(rows, width)
-
-    def _predictions(
-        self, model: Transformer, hidden: Tensor, piece: Rows, positions: Tensor, temperature: float, *, entropy_too: bool = False
-    ) -> Tensor:
-        """[1, rows, seq - 1] log-probabilities, or [2, ...] with entropies; only the wanted positions pass through the vocabulary.
-
-        What is wanted is looked up on the host, where counting it waits for no device.
-        """
-        rows, width = positions.shape
-        row, column = positions.nonzero(as_tuple=True)
-        lookups = [_starts(piece)[row] + column, row * width + column, piece.tokens[row, column + 1]]
-        source, target, wanted = upload(lookups, hidden.device)
-        chosen = model.full_hidden(hidden).squeeze(1).index_select(0, source)  # [wanted, h]
-        how = {"vocab_size": self.spec.architecture.vocab_size, "temperature": temperature}
-        logprobs, entropy = model.predictions(chosen, wanted, entropy_too=entropy_too, **how)
-        found = torch.stack([logprobs, entropy]) if entropy_too else logprobs.unsqueeze(0)
-        whole = torch.zeros(len(found), rows * width, device=hidden.device)
-        return whole.index_copy(1, target, found).view(-1, rows, width)
+        if output == "values":
+            (target,) = upload([row * width + column], hidden.device)
+            found = model.scalars(hidden, wanted).unsqueeze(0)
+        else:
+            target, ids = upload([row * width + column, piece.tokens[row, column + 1]], hidden.device)
+            entropy_too = output == "logprobs and entropy"
+            how = {"vocab_size": self.spec.architecture.vocab_size, "temperature": temperature, "entropy_too": entropy_too}
+            logprobs, entropy = model.predictions(hidden, wanted, ids, **how)
+            found = torch.stack([logprobs, entropy]) if entropy_too else logprobs.unsqueeze(0)
+        whole = torch.zeros(len(found), rows * width, device=hidden.device).index_copy(1, target, found).view(-1, rows, width)
+        return whole if output == "logprobs and entropy" else whole[0]
 
 
-def _starts(piece: Rows) -> Tensor:
-    """[rows]: where each row begins among the packed tokens."""
-    return piece.lengths.cumsum(0) - piece.lengths
+def wanted_tokens(piece: Rows, positions: Tensor | None) -> Tensor:
+    """[n] int64: the packed tokens of `piece` at `positions` [rows, seq - 1], in their order; with None the last of each row."""
+    starts = piece.lengths.cumsum(0) - piece.lengths
+    if positions is None:
+        return starts + piece.lengths - 1
+    row, column = positions.nonzero(as_tuple=True)
+    return starts[row] + column
 
 
 def padded_share(micro_batches: Sequence[Tensor], groups: ModelGroups) -> list[Tensor]:

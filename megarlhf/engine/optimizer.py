@@ -77,7 +77,7 @@ class Optimizer:
         """Args: overlap: sum gradients over data-parallel ranks beside the last micro-batch's backward pass, and gather the weights beside
         what follows a step, until `finish_gather`.
         """
-        self.overlap = overlap
+        self.overlap = overlap = overlap and groups.layout.dp > 1
         self._gathering = False
         self.groups = groups
         self.settings = settings
@@ -268,7 +268,8 @@ def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection
         overlap_grad_reduce=overlap,
         bucket_size=BUCKET_SIZE if overlap else None,
     )
-    chunks = [DistributedDataParallel(t.config, ddp, t, pg_collection=collection) for t in transformers]
+    wrapper = DistributedDataParallel if collection.dp_cp.size() > 1 else _OnlyCopy
+    chunks = [wrapper(t.config, ddp, t, pg_collection=collection) for t in transformers]
     for chunk in chunks:
         _hook_weakly(chunk)
     if overlap:
@@ -278,6 +279,19 @@ def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection
         # Only now: set before, megatron would wait for weights in hooks of modules, which heads that are functions never call.
         ddp.overlap_param_gather = True
     return chunks
+
+
+class _OnlyCopy(DistributedDataParallel):
+    """With one data-parallel copy there is nothing to exchange, where megatron would copy all gradients and weights onto themselves."""
+
+    def start_grad_sync(self, *unused: object) -> None:
+        """Nothing."""
+
+    def finish_grad_sync(self, *unused: object, **how: object) -> None:
+        """Nothing."""
+
+    def start_param_sync(self, *unused: object, **how: object) -> None:
+        """Nothing."""
 
 
 def _hook_weakly(chunk: DistributedDataParallel) -> None:

@@ -26,8 +26,9 @@ from megarlhf.parallel.pipeline import Shape, StageCommunicator
 from megarlhf.parallel.upload import upload
 
 Result = TypeVar("Result")
-Compute = Callable[[Transformer, Tensor, int], tuple[Tensor, Result]]
-"""(last chunk, its hidden states [tokens (/ tp), 1, h], number of the micro-batch) -> (loss scalar, whatever is wanted of it)."""
+Compute = Callable[[Transformer, Tensor, Tensor, int], tuple[Tensor, Result]]
+"""(last chunk, its hidden states, the wanted tokens [n] on the device, number of the micro-batch) -> (loss scalar, whatever is wanted of
+it). The hidden states are those of the wanted tokens [n, 1, h], or under sequence parallelism of all [tokens / tp, 1, h]."""
 
 
 def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
@@ -46,6 +47,7 @@ def run_schedule(
     chunks: list,
     groups: ModelGroups,
     micro_batches: Sequence[Rows],
+    wanted: Sequence[Tensor],
     compute: Compute,
     *,
     backward: bool,
@@ -55,6 +57,7 @@ def run_schedule(
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism when backward.
         micro_batches: rows on the host, which pass packed: at least one micro-batch, and the same number on all stages of a copy.
+        wanted: of each the packed tokens [n] int64 that `compute` is for, on the host.
         compute: called on the last stage for each micro-batch, in order.
 
     Returns: the results of compute on the last stage, an empty list elsewhere.
@@ -64,24 +67,24 @@ def run_schedule(
     numbers = [iter(range(len(micro_batches))) for _ in chunks]
     packed = [_pack(rows, groups.layout) for rows in micro_batches]
     shapes = [(len(tokens) // groups.layout.sequence_parts, 1, config.hidden_size) for tokens, _, _ in packed]
-    tokens, positions = (upload(column, groups.device) for column in list(zip(*packed, strict=True))[:2])
+    tokens, positions, wanted = (upload(column, groups.device) for column in [*list(zip(*packed, strict=True))[:2], wanted])
 
     def forward_step(numbers_of_chunk: Any, model: Any, *unused: Any) -> tuple[Tensor, Callable]:
         number = next(numbers_of_chunk)
-        hidden = model(tokens[number][None], positions[number][None], packed[number][2])
-        assert hidden.shape == shapes[number], f"micro-batch {number}: hidden states {list(hidden.shape)}, expected {list(shapes[number])}"
         transformer = model if isinstance(model, Transformer) else model.module
+        hidden = model(tokens[number][None], positions[number][None], packed[number][2], **transformer.wanting(wanted[number]))
+        expected = len(wanted[number]) if transformer.ends_with_wanted else shapes[number][0]
+        assert len(hidden) == expected, f"micro-batch {number}: hidden states {list(hidden.shape)} of {expected} tokens"
 
         def loss_function(last_hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
-            loss, result = compute(transformer, last_hidden, number)
+            loss, result = compute(transformer, last_hidden, wanted[number], number)
             results.append(result)
             return loss, torch.zeros((), dtype=torch.int, device=groups.device), {}
 
         return hidden, loss_function
 
-    interleaved = len(chunks) > 1
     communicator = _communicator(shapes, groups, config, num_chunks=len(chunks), backward=backward)
-    if interleaved:
+    if interleaved := len(chunks) > 1:
         run = schedules.forward_backward_pipelining_with_interleaving
     elif groups.layout.pp > 1:
         run = schedules.forward_backward_pipelining_without_interleaving

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarlhf.batch import Rows
 from megarlhf.engine.ema import ExponentialMovingAverage
-from megarlhf.engine.engine import Engine, padded_share
+from megarlhf.engine.engine import Engine, padded_share, wanted_tokens
 from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings, Optimizer, UpdateResult
 from megarlhf.engine.schedule import padding_behind, run_schedule, sum_gradients
@@ -135,14 +135,15 @@ class TrainEngine(Engine):
         for chunk in self.chunks:
             chunk.train()
         pieces = [piece for term in terms for piece in self._pieces(term)]
+        wanted = [_wanted(piece) for piece in pieces]
         totals = {term.name: torch.zeros(1 + 2 * len(term.loss.stats), device=self.groups.device) for term in terms}
 
-        def compute(model: Transformer, hidden: Tensor, number: int) -> tuple[Tensor, None]:
+        def compute(model: Transformer, hidden: Tensor, wanted: Tensor, number: int) -> tuple[Tensor, None]:
             piece = pieces[number]
             if piece.batch is None:
                 return self._nothing(model, hidden), None
             loss = piece.term.loss
-            output = self.output(model, hidden, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
+            output = self.output(model, hidden, wanted, piece.batch, loss.output, loss.positions(piece.batch), loss.temperature)
             total, stats = loss(output, _uploaded(piece.batch, hidden.device))
             assert tuple(stats) == loss.stats
             flat = [total.detach(), *(value for pair in stats.values() for value in pair)]
@@ -153,7 +154,7 @@ class TrainEngine(Engine):
         self.offload.need("weights", "gradients")
         self.optimizer.zero_grad()
         with platform.named_range("forward and backward"):
-            run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], compute, backward=True)
+            run_schedule(self.chunks, self.groups, [_rows(piece) for piece in pieces], wanted, compute, backward=True)
         self.offload.need("optimizer")
         with platform.named_range("optimizer step"):
             sums = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups)
@@ -211,6 +212,11 @@ def _by_term(terms: Sequence[Term], sums: Sequence[float]) -> tuple[dict[str, fl
 def _uploaded(batch: Rows, device: torch.device) -> Rows:
     names = [field.name for field in fields(batch) if field.name not in batch.on_host]
     return replace(batch, **dict(zip(names, upload([getattr(batch, name) for name in names], device), strict=True)))
+
+
+def _wanted(piece: _Piece) -> Tensor:
+    """See `wanted_tokens`; of an idle micro-batch one token."""
+    return torch.tensor([0]) if piece.batch is None else wanted_tokens(piece.batch, piece.term.loss.positions(piece.batch))
 
 
 def _rows(piece: _Piece) -> Rows:

@@ -25,26 +25,47 @@ class PackedRows:
         self._groups = [_RowsTogether(rows, device) for rows in rows_together(lengths)]
         self._longest = max(lengths)
         ends = list(itertools.accumulate(lengths, initial=0))
-        positions = positions_in_rows(torch.tensor(lengths))[None]
+        positions = positions_in_rows(torch.tensor(lengths))
         self.positions, self._boundaries = upload([positions, torch.tensor(ends, dtype=torch.int32)], device)
+        self._angles: tuple[Tensor, Tensor] | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [1, heads, tokens, head_size]; key, value [1, kv_heads, tokens, head_size] -> [1, heads, tokens, head_size]."""
-        grouped = query.shape[1] != key.shape[1]
-        packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head_size]
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """`Rotary.angles` of the tokens [tokens, size / 2], worked out once for all layers."""
+        if self._angles is None:
+            self._angles = rotary.angles(self.positions)
+        return self._angles
+
+    def attend(self, parts: Sequence[Tensor]) -> Tensor:
+        """`causal_attention` within each row: parts [tokens, kv_heads, ..., head_size] -> [tokens, heads * head_size]."""
+        if parts[0].is_cuda and parts[0].dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
 
-            ends, longest = self._boundaries, self._longest
-            out = varlen_attn(*packed, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
-            return out.transpose(0, 1)[None]
-        parts = [x.split([group.tokens for group in self._groups]) for x in packed]
-        found = []
-        for group, *qkv in zip(self._groups, *parts, strict=True):
-            q, k, v = (group.apart(x).transpose(1, 2) for x in qkv)  # [rows, heads, longest, head_size]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            found.append(group.packed(out.transpose(1, 2)))
-        return (found[0] if len(found) == 1 else torch.cat(found)).transpose(0, 1)[None]
+            query, key, value = apart_by_heads(parts)
+            grouped, ends, longest = query.shape[1] != key.shape[1], self._boundaries, self._longest
+            return varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped).flatten(1)
+        pieces = [part.split([group.tokens for group in self._groups]) for part in parts]
+        found = [
+            group.packed(causal_attention([group.apart(piece) for piece in of_group]))
+            for group, *of_group in zip(self._groups, *pieces, strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def apart_by_heads(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [..., heads, head_size], key and value [..., kv_heads, head_size] out of `query_key_value`'s answer."""
+    if len(parts) == 1:
+        query, key, value = parts[0].split([parts[0].shape[-2] - 2, 1, 1], dim=-2)
+    else:
+        query, key = parts[0].split([parts[0].shape[-2] - 1, 1], dim=-2)
+        value = parts[1]
+    return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
+
+
+def causal_attention(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [rows, seq, kv_heads, ..., head_size], see `query_key_value` -> [rows, seq, heads * head_size]."""
+    query, key, value = (x.transpose(1, 2) for x in apart_by_heads(parts))  # [rows, heads, seq, head_size]
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).flatten(2)
 
 
 def rows_together(lengths: Sequence[int]) -> list[list[int]]:
@@ -66,10 +87,9 @@ class _RowsTogether:
         self._shape = len(lengths), max(lengths)
         self._places: list[Tensor] = []
         if self.tokens < len(lengths) * max(lengths):
-            real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            source = torch.full(self._shape, self.tokens)  # padding: the row of zeros behind the tokens
-            source[real] = torch.arange(self.tokens)
-            self._places = upload([source.flatten(), real.flatten().nonzero().squeeze(1)], device)
+            sizes, at = torch.tensor(lengths)[:, None], torch.arange(max(lengths))
+            source = sizes.cumsum(0) - sizes + torch.minimum(at, sizes - 1)  # padding repeats the row's last token
+            self._places = upload([source.flatten(), (at < sizes).flatten().nonzero().squeeze(1)], device)
 
     def apart(self, tokens: Tensor) -> Tensor:
         """[tokens, ...] -> [rows, longest, ...]."""
@@ -78,37 +98,34 @@ class _RowsTogether:
     def packed(self, rows: Tensor) -> Tensor:
         """[rows, longest, ...] -> [tokens, ...]."""
         flat = rows.flatten(0, 1)
-        return _Packed.apply(flat, *self._places) if self._places else flat
-
-
-def _with_zeros(tokens: Tensor, source: Tensor) -> Tensor:
-    return torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])[source]
+        return _Packed.apply(flat, self._places[1]) if self._places else flat
 
 
 class _Apart(torch.autograd.Function):
-    """Tokens to their places among padding, and their gradients back: each is picked out once, where autograd would add them up."""
+    """Tokens to their places among padding. What comes back to padding is zero: no token sees it, and `_Packed` leaves it out."""
 
     @staticmethod
     def forward(ctx, tokens, source, real):
         ctx.save_for_backward(real)
-        return _with_zeros(tokens, source)
+        return tokens.index_select(0, source)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[ctx.saved_tensors[0]], None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class _Packed(torch.autograd.Function):
     """The same the other way round."""
 
     @staticmethod
-    def forward(ctx, rows, source, real):
-        ctx.save_for_backward(source)
-        return rows[real]
+    def forward(ctx, rows, real):
+        ctx.save_for_backward(real)
+        ctx.places = len(rows)
+        return rows.index_select(0, real)
 
     @staticmethod
     def backward(ctx, grad):
-        return _with_zeros(grad, ctx.saved_tensors[0]), None, None
+        return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
 def positions_in_rows(lengths: Tensor) -> Tensor:
@@ -123,9 +140,9 @@ def packed_rows_of_layers() -> Callable[[tuple[int, ...], torch.device], PackedR
 
 
 class SdpaAttention(nn.Module):
-    """Causal softmax(q k / sqrt(d)) v for megatron's self-attention.
+    """Causal softmax(q k / sqrt(d)) v, with rotary positions, for `Layer`.
 
-    In place of the mask the model is given the lengths of rows that stand one after the other (a host tensor, since megatron keeps it
+    In place of a mask it is given the lengths of rows that stand one after the other (a host tensor, since megatron keeps it
     for recomputation); with None the batch's rows are all of one length. Generation has a forward pass of its own (models/decoding.py).
     """
 
@@ -136,16 +153,16 @@ class SdpaAttention(nn.Module):
         self.packed_rows = packed_rows
         self.layer_number = layer_number
         self.rotary = rotary
+        self.head_size = config.kv_channels
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: object) -> Tensor:
-        """query [seq, batch, heads, head_size]; key, value [seq, batch, kv_heads, head_size] -> [seq, batch, heads * head_size]."""
-        rows = None if attention_mask is None else self.packed_rows(tuple(attention_mask.tolist()), query.device)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, seq, head_size]
+    def forward(self, lengths: Tensor | None, *parts: Tensor) -> Tensor:
+        """`query_key_value`'s parts [seq, batch, kv_heads, ..., head_size] -> [seq, batch, heads * head_size]; batch is 1 with lengths."""
+        rows = None if lengths is None else self.packed_rows(tuple(lengths.tolist()), parts[0].device)
         if self.rotary is not None:
-            positions = torch.arange(q.shape[2], device=q.device)[None] if rows is None else rows.positions
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            seq = parts[0].shape[0]
+            cos, sin = self.rotary.angles(torch.arange(seq, device=parts[0].device)) if rows is None else rows.angles(self.rotary)
+            turned, value = parts if len(parts) == 2 else parts[0].split([parts[0].shape[-2] - 1, 1], dim=-2)
+            parts = self.rotary.turned(turned, cos[:, None, None, None], sin[:, None, None, None]), value
         if rows is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        else:
-            out = rows.attend(q, k, v)
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+            return causal_attention([part.transpose(0, 1) for part in parts]).transpose(0, 1)
+        return rows.attend([part.squeeze(1) for part in parts]).unsqueeze(1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megarlhf.models.parallel_residual import ParallelResidualLayer
+from megarlhf.models.layer import ParallelResidualLayer
 from megarlhf.models.transformer import Transformer
 
 Angles = tuple[Tensor, Tensor]
@@ -62,7 +62,7 @@ def _attend(module: nn.Module, layer_number: int, x: Tensor, angles: Angles | No
     size, kv_heads = module.hidden_size_per_attention_head, module.num_query_groups_per_partition
     qkv = F.linear(x, module.linear_qkv.weight, module.linear_qkv.bias).view(len(x), kv_heads, -1, size)
     turned, value = qkv[:, :, :-1], qkv[:, :, -1]  # queries, and the key after them
-    if module.q_layernorm is not None:
+    if module.config.qk_layernorm:
         turned = torch.cat([module.q_layernorm(turned[:, :, :-1]), module.k_layernorm(turned[:, :, -1:])], dim=2)
     if angles is not None:
         cos, sin = angles

@@ -23,9 +23,9 @@ from torch import Tensor
 from megarlhf.models.activation import gelu_tanh
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import SdpaAttention, packed_rows_of_layers
+from megarlhf.models.layer import Layer, ParallelResidualLayer
 from megarlhf.models.linear import ColumnLinear, RowLinear, few_by_many
 from megarlhf.models.norm import Norm
-from megarlhf.models.parallel_residual import ParallelResidualLayer
 from megarlhf.models.parameters import TIED_NAME, Head, Shard, kv_heads_per_rank, layout_violations, shards_held
 from megarlhf.models.rotary import Rotary
 from megarlhf.models.scalar_head import ScalarHead
@@ -54,8 +54,18 @@ class ModelSpec:
 class Transformer(GPTModel):
     """One chunk of a model: its forward ends at the last hidden states, and the heads are methods.
 
-    Heads apart from the trunk let the caller choose the positions that need logits.
+    Heads apart from the trunk let the caller choose the tokens of packed rows that need logits: `wanted` [n] int64 on the device. The
+    last layer goes on with these alone, unless sequence parallelism has them on several ranks.
     """
+
+    def wanting(self, wanted: Tensor) -> dict[str, object]:
+        """What the chunk's forward is given beside tokens, positions and lengths, so that it ends with the `wanted` tokens' [n, 1, h]."""
+        return {"extra_block_kwargs": {"context_mask": wanted}} if self.ends_with_wanted else {}
+
+    @property
+    def ends_with_wanted(self) -> bool:
+        """Whether the forward pass ends with the wanted tokens; otherwise with all of the chunk's."""
+        return self.post_process and not self.config.sequence_parallel
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
@@ -80,11 +90,14 @@ class Transformer(GPTModel):
         return few_by_many(hidden.flatten(0, -2), self._head_weight()).unflatten(0, hidden.shape[:-1])
 
     def predictions(
-        self, hidden: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, entropy_too: bool
+        self, hidden: Tensor, wanted: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, entropy_too: bool
     ) -> tuple[Tensor, Tensor]:
-        """[n, h] chosen from `full_hidden` and [n] ids -> the ids' log-probabilities, and entropies: see `head_logprobs`."""
+        """The forward's hidden states, ids [n] behind the `wanted` -> the ids' log-probabilities, and entropies: see `head_logprobs`."""
         group = self.pg_collection.tp
-        if not self.config.sequence_parallel:
+        if self.config.sequence_parallel:
+            hidden = self.full_hidden(hidden).squeeze(1).index_select(0, wanted)
+        else:
+            hidden = hidden.squeeze(1)
             # Its backward sums over tp, but only where the gradient is contiguous: so here, on the rows that are multiplied.
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         how = {"vocab_size": vocab_size, "temperature": temperature, "entropy_too": entropy_too}
@@ -94,12 +107,12 @@ class Transformer(GPTModel):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     def scalars(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Packed trunk output [tokens (/ tp), 1, h] -> the scalar head's numbers at the `wanted` [n] tokens: [n] float32.
+        """The forward's hidden states -> the scalar head's numbers at the `wanted` tokens: [n] float32.
 
         Only these pass through the head; under sequence parallelism all do, since one number of each is less to gather than h.
         """
         if not self.config.sequence_parallel:
-            return self.scalar_head(hidden.squeeze(1).index_select(0, wanted))
+            return self.scalar_head(hidden.squeeze(1))
         values = self.scalar_head(hidden)
         values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
         return values.squeeze(1).index_select(0, wanted)
@@ -136,6 +149,7 @@ def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
         if spec.head == "scalar" and last:
             del chunk.output_layer
         for layer, module in zip(layers, chunk.decoder.layers, strict=True):  # megatron numbers them from 1, as if all stages were equal
+            module.ends_trunk = last and layer == a.num_layers - 1
             module.layer_number = module.self_attention.layer_number = module.self_attention.core_attention.layer_number = layer + 1
         chunk.to(dtype=DTYPES[spec.precision])
         if spec.head == "scalar" and last:
@@ -155,8 +169,7 @@ def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     attention.core_attention = functools.partial(SdpaAttention, rotary=rotary, packed_rows=packed_rows_of_layers())
     if spec.architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    if spec.architecture.parallel_residual:
-        layer.module = ParallelResidualLayer
+    layer.module = ParallelResidualLayer if spec.architecture.parallel_residual else Layer
     # a ModuleSpec in older releases of megatron-core, a partial in newer ones
     feed_forward = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     attention.linear_qkv = feed_forward.linear_fc1 = ColumnLinear

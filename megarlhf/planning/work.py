@@ -41,13 +41,17 @@ class Work:
 
 
 def forward_flops(a: Architecture, head: Head, *, width: int, logits: int, rows: int = 1) -> float:
-    """FLOPs of a forward pass over rows of `width` tokens, of which `logits` go through the vocabulary."""
+    """FLOPs of a forward pass over rows of `width` tokens, of which `logits` go through the head.
+
+    The last layer is asked for these alone: of the others it needs keys and values (models/layer.py).
+    """
     queries, keys = a.num_heads * a.head_size, a.num_kv_heads * a.head_size
     gate = 2 if a.activation == "swiglu" else 1
     layer = a.hidden_size * (2 * queries + 2 * keys + (gate + 1) * a.ffn_size)
     token = 2 * a.num_layers * (layer + 2 * queries * width)
+    unasked = 2 * a.hidden_size * (queries + (gate + 1) * a.ffn_size)  # of a token: behind the last layer's attention
     output = 2 * a.vocab_size * a.hidden_size if head == "lm" else 2 * a.hidden_size
-    return rows * (width * token + logits * output)
+    return rows * (width * token - (width - logits) * unasked + logits * output)
 
 
 def work_of(models: RunModels) -> Work:
@@ -78,7 +82,7 @@ def _reward(models: RunModels) -> Work:
     c, a = models.config, models.plans["model"].architecture
     completions, notes = completions_of_prompt(c)
     width, rows = c.limits.max_prompt_len + c.limits.max_response_len, c.batch_size * completions
-    flops = 3 * forward_flops(a, "scalar", width=width, logits=width, rows=rows)
+    flops = 3 * forward_flops(a, "scalar", width=width, logits=1, rows=rows)
     number, assumed = _records(c.data.train, RANKINGS, "rankings")
     return Work(flops, flops, rows * width, 0, c.epochs * math.ceil(number / c.batch_size), (*assumed, *notes))
 

@@ -29,7 +29,7 @@ from tests.distributed.training import (
     texts,
 )
 
-STEPS = 3
+STEPS = 2
 SP = {"sequence_parallel": True}
 EVERY_LAYOUT = [
     *({}, {"tp": 2}, {"tp": 4}, {"pp": 2}, {"pp": 4}, {"tp": 2, "pp": 2}),
