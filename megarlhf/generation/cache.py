@@ -108,20 +108,28 @@ class SlotCache:
         parts, start = [], n
         for group, slots in zip(self._pass.prefilled, self._filled, strict=True):
             stop = start + group.length * len(group.slots)
-            parts.append(self._prefill(stored, slots, group.length, query[start:stop], key[start:stop], value[start:stop]))
+            new = self._prefill(stored, slots, group.length, key[start:stop], value[start:stop])
+            if len(query) > n:
+                parts.append(self._attend_prefilled(query[start:stop], *new))
             start = stop
         for group, (targets, sources) in zip(self._pass.copied, self._copied, strict=True):
             stored[:, targets, :, : group.length] = stored[:, sources, :, : group.length].clone()
         if n:
             parts.insert(0, self._decode(stored, query[:n], key[:n], value[:n]))
+        if not parts:
+            return query.flatten(1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _prefill(self, stored: Tensor, slots: Tensor | slice, length: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        kv_heads, per_head, size = query.shape[1:]
-        key, value = (x.view(-1, length, kv_heads, size).transpose(1, 2) for x in (key, value))
+    def _prefill(self, stored: Tensor, slots: Tensor | slice, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store packed prompts' keys and values, and return them by prompt: [prompts, kv_heads, length, head_size] each."""
+        key, value = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (key, value))
         stored[0, slots, :, :length] = key
         stored[1, slots, :, :length] = value
-        query = query.reshape(-1, length, kv_heads * per_head, size).transpose(1, 2)
+        return key, value
+
+    def _attend_prefilled(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kv_heads, per_head, size = query.shape[1:]
+        query = query.reshape(len(key), -1, kv_heads * per_head, size).transpose(1, 2)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=per_head > 1)
         return out.transpose(1, 2).reshape(-1, kv_heads * per_head * size)
 

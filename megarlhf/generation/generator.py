@@ -243,10 +243,9 @@ class Generator:
             found = repeated[number](flying.tokens, flying.positions, flying.samples, hidden, max(flying.on_host) + 1)
         else:
             flying.begin()
-            hidden = packed_forward(chunk, flying.tokens, flying.positions, hidden, flying.rows.cache)
-            found = (hidden,)
-            if chunk.post_process and (n := plan.decoded):
-                found = choose(hidden[:n], flying.samples, flying.positions[:n] + 1)
+            n = plan.decoded
+            hidden = packed_forward(chunk, flying.tokens, flying.positions, hidden, flying.rows.cache, wanted=n)
+            found = choose(hidden, flying.samples, flying.positions[:n] + 1) if chunk.post_process and n else (hidden,)
         if not chunk.post_process:
             messages.send(found[0], (stage + 1) % layout.pp)
         elif plan.decoded:

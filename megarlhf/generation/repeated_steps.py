@@ -90,7 +90,8 @@ class RepeatedSteps:
         """No input is written over: done twice, for a capture, it does the same."""
         tokens, positions = self._tokens[:size], self._positions[:size]
         self._cache.begin_decoding(positions, reach)
-        found = packed_forward(self._chunk, tokens, positions, None if self._chunk.pre_process else self._hidden[:size], self._cache)
+        hidden = None if self._chunk.pre_process else self._hidden[:size]
+        found = packed_forward(self._chunk, tokens, positions, hidden, self._cache, wanted=size)
         if not self._chunk.post_process:
             self._passed_on[:size].copy_(found)
             return

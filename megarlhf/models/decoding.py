@@ -26,17 +26,21 @@ class PackedAttention(Protocol):
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store the new keys and values of a layer and attend over all that is stored.
 
-        Args: query [tokens, kv_heads, heads per kv head, head_size]; key, value [tokens, kv_heads, head_size], rotated.
-        Returns: [tokens, heads * head_size].
+        Args: query [wanted, kv_heads, heads per kv head, head_size], of the first tokens: all, or those that are decoded; key, value
+        [tokens, kv_heads, head_size]; rotated.
+        Returns: [wanted, heads * head_size].
         """
         ...
 
 
-def packed_forward(chunk: Transformer, tokens: Tensor, positions: Tensor, hidden: Tensor | None, attention: PackedAttention) -> Tensor:
+def packed_forward(
+    chunk: Transformer, tokens: Tensor, positions: Tensor, hidden: Tensor | None, attention: PackedAttention, *, wanted: int
+) -> Tensor:
     """What `chunk(...)` gives for each of the packed tokens; dropout and sequence parallelism must be off.
 
-    Args: tokens, positions [n] int64; hidden [n, h] from the chunk before, None for the first.
-    Returns: [n, h], after the last norm on the last chunk.
+    Args: tokens, positions [n] int64; hidden [n, h] from the chunk before, None for the first. wanted: how many of the first tokens are
+        asked for what the model makes of them, of the others it keeps keys and values alone: those decoded.
+    Returns: [n, h]; on the last chunk [wanted, h], after the last norm.
     """
     if chunk.pre_process:
         hidden = chunk.embedding(tokens[None], positions[None]).squeeze(1)
@@ -46,19 +50,24 @@ def packed_forward(chunk: Transformer, tokens: Tensor, positions: Tensor, hidden
         if rotary is not None and angles is None:
             cos, sin = rotary.angles(positions)
             angles = cos[:, None], sin[:, None]  # the same for all heads and all layers
-        hidden = _layer(layer, hidden, angles, attention)
+        hidden = _layer(layer, hidden, angles, attention, wanted if layer.ends_trunk else len(tokens))
     return hidden if chunk.decoder.final_layernorm is None else chunk.decoder.final_layernorm(hidden)
 
 
-def _layer(layer: nn.Module, hidden: Tensor, angles: Angles | None, attention: PackedAttention) -> Tensor:
-    attended = _attend(layer.self_attention, layer.layer_number, layer.input_layernorm(hidden), angles, attention)
+def _layer(layer: nn.Module, hidden: Tensor, angles: Angles | None, attention: PackedAttention, wanted: int) -> Tensor:
+    attended = _attend(layer.self_attention, layer.layer_number, layer.input_layernorm(hidden), angles, attention, wanted)
+    hidden = hidden[:wanted]
+    if not wanted:
+        return hidden
     if isinstance(layer, ParallelResidualLayer):
         return attended.add_(hidden).add_(_feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)))
     hidden = attended.add_(hidden)
     return hidden + _feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
 
 
-def _attend(module: nn.Module, layer_number: int, x: Tensor, angles: Angles | None, attention: PackedAttention) -> Tensor:
+def _attend(
+    module: nn.Module, layer_number: int, x: Tensor, angles: Angles | None, attention: PackedAttention, wanted: int
+) -> Tensor:
     size, kv_heads = module.hidden_size_per_attention_head, module.num_query_groups_per_partition
     qkv = F.linear(x, module.linear_qkv.weight, module.linear_qkv.bias).view(len(x), kv_heads, -1, size)
     turned, value = qkv[:, :, :-1], qkv[:, :, -1]  # queries, and the key after them
@@ -67,8 +76,9 @@ def _attend(module: nn.Module, layer_number: int, x: Tensor, angles: Angles | No
     if angles is not None:
         cos, sin = angles
         turned = module.core_attention.rotary.turned(turned, cos[:, None], sin[:, None])
-    query, key = turned[:, :, :-1], turned[:, :, -1]
-    return _row_linear(module.linear_proj, attention.attend(layer_number, query, key, value))
+    query, key = turned[:wanted, :, :-1], turned[:, :, -1]
+    attended = attention.attend(layer_number, query, key, value)
+    return _row_linear(module.linear_proj, attended) if wanted else attended
 
 
 def _feed_forward(module: nn.Module, x: Tensor) -> Tensor:

@@ -170,6 +170,8 @@ def test_a_cache_attends_over_each_rows_own_tokens():
             seen[slot][0].append(key[slot]), seen[slot][1].append(value[slot])
             expected[slot] = attention(query[slot], *map(torch.stack, seen[slot]))
         assert torch.allclose(found, expected, atol=1e-6)
+        n = plan.decoded
+        assert torch.allclose(cache.attend(5, query[:n], key, value), expected[:n], atol=1e-6)  # nothing asked of the others
 
     prefilled, copied = (SameLength(4, (0, 3)), SameLength(2, (1,))), (SameLength(4, (2,), (3,)),)
     step(Pass(4, prefilled, copied), [4, 2, 4, 4])
