@@ -75,9 +75,9 @@ class Optimizer:
         self, transformers: list[Transformer], spec: ModelSpec, groups: ModelGroups, settings: AdamSettings, *, overlap: bool = False
     ) -> None:
         """Args: overlap: sum gradients over data-parallel ranks beside the last micro-batch's backward pass, and gather the weights beside
-        what follows a step, until `finish_gather`.
+        what follows a step, until `finish_gather`; with one such rank there is nothing to do.
         """
-        self.overlap = overlap = overlap and groups.layout.dp > 1
+        self.overlap = overlap
         self._gathering = False
         self.groups = groups
         self.settings = settings
@@ -89,7 +89,7 @@ class Optimizer:
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
-        self.chunks = _wrapped(transformers, collection, overlap=overlap)
+        self.chunks = _wrapped(transformers, collection, overlap=overlap and groups.layout.dp > 1)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,

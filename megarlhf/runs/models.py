@@ -99,7 +99,9 @@ class ModelPlan:
 
     def __str__(self) -> str:
         source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
-        return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}"
+        idle = getattr(self.config, "overlap", False) and self.layout.dp == 1
+        doubt = "; is this meant? overlap has no effect with dp 1: there is nothing to exchange" if idle else ""
+        return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}{doubt}"
 
 
 class ModelPlanner:

@@ -39,7 +39,7 @@ def said(run, log, *, within=90.0):
 
 
 def words(recipe, tmp_path):
-    return ["pretrain", "--config", str(recipe / "base.yaml"), f"run.dir={tmp_path / 'run'}", "steps=100000", "run.timeout_minutes=0.1"]
+    return ["pretrain", "--config", str(recipe / "base.yaml"), f"run.dir={tmp_path / 'run'}", "steps=100000", "run.timeout_minutes=0.25"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

@@ -137,7 +137,7 @@ def trained_cases(key, role, *, moved, after="", base="", extra=(), sizes=SIZES,
         Case(f"{key}.architecture.init_std=0.1", f"engine/{named}/initial", may=mine, base=plain),
         *adam_cases(key, role, after=after),
         Case(f"{key}.recompute=selective", recompute, exact={recompute: "selective"}, base=base),
-        Case(f"{key}.overlap=True", f"engine/{named}/overlap", exact={f"engine/{named}/overlap": True}, base=base),
+        Case(f"{key}.overlap=True", f"engine/{named}/overlap said/{named}", exact={f"engine/{named}/overlap": True}, base=base),
         *computed_cases(key, role, moved=f"{role}/* {moved}", base=base),
         *extra,
     ]  # fmt: skip
