@@ -130,6 +130,11 @@ def read_prompts(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> t
     return _read(path, convert, on_bad_record)
 
 
+def stops(bad: BadRecord, on_bad_record: OnBadRecord) -> bool:
+    """Whether a bad record ends the run; one of another kind is counted in any case."""
+    return on_bad_record == "raise" and not isinstance(bad, OtherRecord)
+
+
 class RecordTally:
     """Counts records as they are kept or skipped, or raises at the first bad one."""
 
@@ -146,8 +151,8 @@ class RecordTally:
         self._num_kept += 1
 
     def skip(self, bad: BadRecord) -> None:
-        """Count a bad record, or raise it; one of another kind is counted in any case."""
-        if self._on_bad_record == "raise" and not isinstance(bad, OtherRecord):
+        """Count a bad record, or raise it: see `stops`."""
+        if stops(bad, self._on_bad_record):
             raise bad
         self._skipped[bad.reason] += 1
         if len(self._examples) < NUM_EXAMPLES:

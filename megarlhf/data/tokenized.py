@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from megarlhf.data.chat import Chat, Span
 from megarlhf.data.comparisons import chat_of
 from megarlhf.data.fields import Messages, require_one_rank_each
-from megarlhf.data.files import BadRecord, OtherRecord
-from megarlhf.data.records import Demonstration, OnBadRecord, Prompt, Ranking, RecordReport, sift
+from megarlhf.data.files import BadRecord
+from megarlhf.data.records import Demonstration, OnBadRecord, Prompt, Ranking, RecordReport, sift, stops
 from megarlhf.data.shares import Shares
 from megarlhf.data.tokenizers import Tokenizer, UnwritableText
 
@@ -259,7 +259,7 @@ def _outcomes(
             found.append(convert(record, encoder))
         except ValueError as error:
             found.append(error)
-            if not isinstance(error, BadRecord) or (on_bad_record == "raise" and not isinstance(error, OtherRecord)):
+            if not isinstance(error, BadRecord) or stops(error, on_bad_record):
                 break
     return found
 

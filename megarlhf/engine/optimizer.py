@@ -89,7 +89,7 @@ class Optimizer:
         """Steps skipped in a row until now, those of a search for a loss scale included."""
         tied = spec.architecture.tied_embeddings and spec.head == "lm"
         collection = groups.collection(tied_embeddings=tied)
-        self.chunks = _wrapped(transformers, collection, overlap=overlap and groups.layout.dp > 1)
+        self.chunks = _wrapped(transformers, collection, overlap=overlap)
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -261,6 +261,8 @@ class Optimizer:
 
 def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool) -> list[DistributedDataParallel]:
     """The chunks in megatron's data-parallel wrappers."""
+    alone = collection.dp_cp.size() == 1
+    overlap = overlap and not alone
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -268,7 +270,7 @@ def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection
         overlap_grad_reduce=overlap,
         bucket_size=BUCKET_SIZE if overlap else None,
     )
-    wrapper = DistributedDataParallel if collection.dp_cp.size() > 1 else _OnlyCopy
+    wrapper = _OnlyCopy if alone else DistributedDataParallel
     chunks = [wrapper(t.config, ddp, t, pg_collection=collection) for t in transformers]
     for chunk in chunks:
         _hook_weakly(chunk)

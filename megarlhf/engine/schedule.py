@@ -84,13 +84,8 @@ def run_schedule(
         return hidden, loss_function
 
     communicator = _communicator(shapes, groups, config, num_chunks=len(chunks), backward=backward)
-    if interleaved := len(chunks) > 1:
-        run = schedules.forward_backward_pipelining_with_interleaving
-    elif groups.layout.pp > 1:
-        run = schedules.forward_backward_pipelining_without_interleaving
-    else:
-        run = schedules.forward_backward_no_pipelining
-    run(
+    interleaved = len(chunks) > 1
+    _megatron_schedule(groups.layout, interleaved=interleaved)(
         forward_step_func=forward_step,
         data_iterator=numbers if interleaved else numbers[0],
         model=chunks if interleaved else [chunks[0]],
@@ -103,6 +98,12 @@ def run_schedule(
     )
     assert communicator is None or communicator.is_done
     return results
+
+
+def _megatron_schedule(layout: ParallelLayout, *, interleaved: bool) -> Callable:
+    if interleaved:
+        return schedules.forward_backward_pipelining_with_interleaving
+    return schedules.forward_backward_pipelining_without_interleaving if layout.pp > 1 else schedules.forward_backward_no_pipelining
 
 
 def _communicator(

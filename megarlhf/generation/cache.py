@@ -10,14 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarlhf.generation.schedule import Pass, read_together
+from megarlhf.models.attention import has_varlen_kernel
 
 CALL_BYTES = 2**18
 """Of keys and values that a CPU reads in the time that one more call of attention takes."""
-
-
-def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch's varlen attention (FlashAttention) is for these: it needs CUDA, 16 bits and heads of whole 16 bytes."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
 
 
 @dataclass(frozen=True)

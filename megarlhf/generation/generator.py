@@ -27,8 +27,6 @@ from megarlhf.parallel.pipeline import StageMessages
 
 STEPS_BETWEEN_LOOKS = 8
 """Steps after which the host looks for rows that have ended, where looking makes a device wait; on a CPU it is each step."""
-
-
 STEPS_BETWEEN_LEVELLINGS = 32
 """Steps after which copies of a model, while rows wait for slots, tell each other how many they have and share out those that wait."""
 

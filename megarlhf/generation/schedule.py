@@ -132,7 +132,6 @@ class Slots:
         del self.held[stay:]
         return moves
 
-
     def put_in_order(self, call: int) -> list[tuple[int, int]]:
         """Put longer rows before shorter ones, once reading them out of order has cost what moving them does: (from, to) of each move.
 

@@ -17,6 +17,11 @@ PADDED_SHARE = 0.5
 """Most padding, as a share of the real tokens, for which rows of several lengths share a call: a call costs as much as a row or two."""
 
 
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's varlen attention (FlashAttention) is for these: it needs CUDA, 16 bits and heads of whole 16 bytes."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
+
+
 class PackedRows:
     """Rows of several lengths one after the other, in place of an attention mask: each attends to itself alone."""
 
@@ -37,7 +42,7 @@ class PackedRows:
 
     def attend(self, parts: Sequence[Tensor]) -> Tensor:
         """`causal_attention` within each row: parts [tokens, kv_heads, ..., head_size] -> [tokens, heads * head_size]."""
-        if parts[0].is_cuda and parts[0].dtype in (torch.bfloat16, torch.float16):
+        if has_varlen_kernel(parts[0].device, parts[0].dtype, parts[0].shape[-1]):
             from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
 
             query, key, value = apart_by_heads(parts)

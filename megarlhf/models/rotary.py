@@ -36,10 +36,6 @@ class Rotary:
         self.size = architecture.rotary_size
         self._frequencies = frequencies(architecture)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [batch, heads, seq, head_size] at positions [batch or 1, seq]; what is beyond the rotated part stays as it is."""
-        return self.turned(x, *self.angles(positions[:, None]))
-
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of positions [...], each [..., size / 2] float32."""
         if self._frequencies.device != positions.device:
@@ -48,7 +44,7 @@ class Rotary:
         return angle.cos(), angle.sin()
 
     def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., head_size] turned by angles whose cos and sin [..., size / 2] broadcast with it."""
+        """x [..., head_size] turned by angles whose cos and sin [..., size / 2] broadcast with it; what is beyond `size` stays as it is."""
         first, second = x[..., : self.size].float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
         return turned if self.size == x.shape[-1] else torch.cat([turned, x[..., self.size :]], dim=-1)

@@ -146,7 +146,7 @@ class Recorder:
         few = min(total, 2 * _unit(engine))
         before = self.meter.cost.copy()
         call(engine, rows.rows(torch.arange(min(rows.num_rows, few * size * dp))))
-        cost = (self.meter.cost - before).scaled(of_a_step * total / few)
+        cost = (self.meter.cost - before) * (of_a_step * total / few)
         self.run.parts.append(Part(phase, role, "forward", cost, micro_batches=total))
 
     def warm_up(self, role: str, batches: Sequence[Batch]) -> Cost:
@@ -178,8 +178,8 @@ class Recorder:
         cost = functools.reduce(add, (of_one * (amount * steps) for of_one, amount in zip(each, amounts, strict=True)))
         self.run.parts += [
             Part(phase, role, "forward and backward", cost, micro_batches=sum(totals), each=tuple(each)),
-            Part(phase, role, "gradient sums", finalize.scaled(steps)),
-            Part(phase, role, "optimizer", update.scaled(steps)),
+            Part(phase, role, "gradient sums", finalize * steps),
+            Part(phase, role, "optimizer", update * steps),
         ]
 
     def turn_to(self, phase: str, models: PpoModels, *, part_of: str | None = None) -> None:

@@ -72,18 +72,18 @@ class Cost:
 
     def copy(self) -> Cost:
         """The same numbers, that stay as they are."""
-        return self.scaled(1)
+        return self._scaled(1)
 
     def __add__(self, other: Cost) -> Cost:
-        return self.scaled(1, other, 1)
+        return self._scaled(1, other, 1)
 
     def __sub__(self, other: Cost) -> Cost:
-        return self.scaled(1, other, -1)
+        return self._scaled(1, other, -1)
 
     def __mul__(self, factor: float) -> Cost:
-        return self.scaled(factor)
+        return self._scaled(factor)
 
-    def scaled(self, factor: float, other: Cost | None = None, by: float = 1.0) -> Cost:
+    def _scaled(self, factor: float, other: Cost | None = None, by: float = 1.0) -> Cost:
         """factor * self + by * other."""
         other = other or Cost()
         numbers = {name: factor * getattr(self, name) + by * getattr(other, name) for name in NUMBERS}

@@ -297,7 +297,7 @@ def _generate(
         before = meter.cost.copy()
         generator.generate(rows.prompts(batch * layout.dp, width, samples=samples), max_new_tokens=steps, **how)
         first = marks[groups - 1]
-        return first - before, (marks[-1] - first).scaled(1 / max(1, len(marks) // groups - 1))
+        return first - before, (marks[-1] - first) * (1 / max(1, len(marks) // groups - 1))
 
     with mock.patch.object(generator, "_cache", whole_cache), mock.patch.object(generator, "_run", marked):
         with recorder.phase("generate"):
@@ -306,10 +306,10 @@ def _generate(
     if not num_rows:
         return
     batches = share / batch
-    decode = (early + late).scaled(0.5 * (new - 1))
+    decode = (early + late) * (0.5 * (new - 1))
     recorder.run.parts += [
-        Part("generate", role, "prompts", prefill.scaled(batches), micro_batches=groups),
-        Part("generate", role, "tokens", decode.scaled(batches), micro_batches=groups * max(1, new - 1)),
+        Part("generate", role, "prompts", prefill * batches, micro_batches=groups),
+        Part("generate", role, "tokens", decode * batches, micro_batches=groups * max(1, new - 1)),
     ]
 
 
