@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlhf.generation.schedule import Pass, read_together
+from megarlhf.generation.ragged_attention import RaggedAttention
+from megarlhf.generation.schedule import Pass
 from megarlhf.models.attention import has_varlen_kernel
-
-CALL_BYTES = 2**18
-"""Of keys and values that a CPU reads in the time that one more call of attention takes."""
-
-
-@dataclass(frozen=True)
-class _Together:
-    """Slots that follow each other, read in one call."""
-
-    rows: slice
-    longest: int
-    """Positions of the longest row."""
-    mask: Tensor | None
-    """[rows, 1, 1, longest]: what each row sees of them; None: all."""
 
 
 class SlotCache:
@@ -36,61 +22,77 @@ class SlotCache:
         *,
         slots: int,
         kv_heads: int,
+        group: int,
         capacity: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`capacity`: positions of a slot."""
+        """`capacity`: positions of a slot; `group`: heads that share keys."""
         self.slots, self.capacity, self.device, self.dtype = slots, capacity, device, dtype
         self.reads_by_mask = not has_varlen_kernel(device, dtype, head_size)
         """Whether `begin_decoding` sets up a mask; else torch's varlen kernel reads of each slot what its row has."""
+        self.reads_lines = self.reads_by_mask and device.type == "cpu" and dtype == torch.float32
+        """Whether `begin` sets up a `RaggedAttention`; else rows are read as far as the longest of them, with a mask."""
         # zeros: what a mask leaves out is multiplied by 0, which must not be NaN
         shape = (2, slots, kv_heads, capacity, head_size) if self.reads_by_mask else (2, slots, capacity, kv_heads, head_size)
         stored = {number: torch.zeros(shape, dtype=dtype, device=device) for number in layer_numbers}
         self._stored = stored if self.reads_by_mask else {number: whole.transpose(2, 3) for number, whole in stored.items()}
-        self.call_cost = CALL_BYTES // (2 * kv_heads * head_size * dtype.itemsize) if device.type == "cpu" else None
-        """What a call of attention costs, in positions of a slot that are read; None where all slots are read in one call."""
+        self._lines = {number: whole.view(-1, head_size) for number, whole in stored.items()}
+        """The same memory, a line for each key and value of a head."""
+        self._half = slots * kv_heads * capacity
+        self._first_lines, self._line_step = self._numbered(kv_heads)
+        self._group = group
         self._pass = Pass(0)
-        self._columns: Tensor | int = 0
-        self._pieces: list[_Together] = []
+        self._column: int | None = None
+        """Where the new keys and values of all rows stand, if that is one position; else `_targets` are their lines [rows, kv_heads, 2]."""
+        self._seen = 0
+        """How many positions of a slot are read by a mask."""
+        self._mask: Tensor | None = None
+        """[rows, 1, 1, seen] of bool: which of them a row has; None: all."""
         self._used: Tensor | None = None
+        self._ragged: RaggedAttention | None = None
+
+    def _numbered(self, kv_heads: int) -> tuple[Tensor, int]:
+        """The numbers of the lines of position 0 [slots, kv_heads, 2], and what a position adds to them."""
+        head, position = (self.capacity, 1) if self.reads_by_mask else (1, kv_heads)
+        slot = kv_heads * self.capacity
+        slots, heads, parts = (torch.arange(n, device=self.device) for n in (self.slots, kv_heads, 2))
+        return (slots * slot)[:, None, None] + (heads * head)[:, None] + parts * (self.slots * slot), position
 
     def begin(self, plan: Pass, positions: Tensor, on_host: Sequence[int]) -> None:
         """The next forward pass holds `plan`; its decoded tokens stand at `positions` [decoded], which are `on_host` too."""
-        self._pass, self._used = plan, None
+        self._pass, self._used, self._ragged = plan, None, None
         self._filled = [self._index(group.slots) for group in plan.prefilled]
         self._copied = [(self._index(group.slots), self._index(group.sources)) for group in plan.copied]
         if not plan.decoded:
             return
         lengths = [position + 1 for position in on_host]
-        if min(lengths) == max(lengths):
-            self._columns = on_host[0]
+        self._seen = max(lengths)
+        self._column = on_host[0] if min(lengths) == self._seen else None
+        if self._column is None:
+            self._targets = self._lines_at(positions)
+        if self.reads_lines:
+            first = self._first_lines[: plan.decoded, :, 0]
+            self._ragged = RaggedAttention(first, lengths, group=self._group, num_lines=self._half)
         else:
-            self._columns = positions
-            self._rows = torch.arange(plan.decoded, device=self.device)
-        pieces = [slice(0, plan.decoded)] if self.call_cost is None else read_together(lengths, self.call_cost)
-        self._pieces = [self._together(rows, lengths[rows], positions[rows]) for rows in pieces]
+            self._mask = self._mask_of(positions) if self._column is None else None
 
     def begin_decoding(self, positions: Tensor, reach: int) -> None:
         """The next forward pass decodes the first slots, at `positions` [decoded], which are below `reach`: no other number matters."""
-        n = len(positions)
-        self._pass, self._filled, self._copied = Pass(n), [], []
-        self._columns, self._rows = positions, torch.arange(n, device=self.device)
+        self._pass, self._filled, self._copied, self._ragged = Pass(len(positions)), [], [], None
+        self._column, self._targets = None, self._lines_at(positions)
         if self.reads_by_mask:
-            seen = torch.arange(reach, device=self.device) <= positions[:, None]
-            self._pieces, self._used = [_Together(slice(0, n), reach, seen[:, None, None])], None
+            self._seen = reach
+            self._mask, self._used = self._mask_of(positions), None
         else:
             self._used = (positions + 1).int()
 
-    def _together(self, rows: slice, lengths: Sequence[int], positions: Tensor) -> _Together:
-        longest = max(lengths)
-        if min(lengths) == longest:
-            return _Together(rows, longest, None)
-        seen = (torch.arange(longest, device=self.device) <= positions[:, None])[:, None, None]  # [rows, 1, 1, longest]
-        if self.device.type == "cpu":  # what its kernel makes of a mask, once instead of in every layer
-            seen = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
-        return _Together(rows, longest, seen)
+    def _lines_at(self, positions: Tensor) -> Tensor:
+        return self._first_lines[: len(positions)] + (positions * self._line_step)[:, None, None]
+
+    def _mask_of(self, positions: Tensor) -> Tensor:
+        return (torch.arange(self._seen, device=self.device) <= positions[:, None])[:, None, None]
 
     def _index(self, slots: Sequence[int]) -> Tensor | slice:
         """Slots as an index; one piece of the cache where they follow each other."""
@@ -98,30 +100,25 @@ class SlotCache:
         in_order = all(a + 1 == b for a, b in zip(slots, slots[1:], strict=False))
         return slice(first, last + 1) if in_order else torch.tensor(slots, device=self.device)
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer_number: int, query: Tensor, key_value: Tensor) -> Tensor:
         """See `PackedAttention.attend`."""
         stored, n = self._stored[layer_number], self._pass.decoded
         parts, start = [], n
         for group, slots in zip(self._pass.prefilled, self._filled, strict=True):
             stop = start + group.length * len(group.slots)
-            new = self._prefill(stored, slots, group.length, key[start:stop], value[start:stop])
+            new = key_value[start:stop].unflatten(0, (-1, group.length)).permute(3, 0, 2, 1, 4)  # [2, prompts, kv_heads, length, head_size]
+            stored[:, slots, :, : group.length] = new
             if len(query) > n:
                 parts.append(self._attend_prefilled(query[start:stop], *new))
             start = stop
         for group, (targets, sources) in zip(self._pass.copied, self._copied, strict=True):
             stored[:, targets, :, : group.length] = stored[:, sources, :, : group.length].clone()
         if n:
-            parts.insert(0, self._decode(stored, query[:n], key[:n], value[:n]))
+            self._store_decoded(layer_number, key_value[:n])
+            parts.insert(0, self._decode(layer_number, query[:n]))
         if not parts:
             return query.flatten(1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _prefill(self, stored: Tensor, slots: Tensor | slice, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store packed prompts' keys and values, and return them by prompt: [prompts, kv_heads, length, head_size] each."""
-        key, value = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (key, value))
-        stored[0, slots, :, :length] = key
-        stored[1, slots, :, :length] = value
-        return key, value
 
     def _attend_prefilled(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         kv_heads, per_head, size = query.shape[1:]
@@ -129,22 +126,23 @@ class SlotCache:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=per_head > 1)
         return out.transpose(1, 2).reshape(-1, kv_heads * per_head * size)
 
-    def _decode(self, stored: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _store_decoded(self, layer_number: int, key_value: Tensor) -> None:
+        if self._column is None:
+            self._lines[layer_number].index_put_((self._targets,), key_value)
+        else:
+            self._stored[layer_number][:, : len(key_value), :, self._column] = key_value.permute(2, 0, 1, 3)
+
+    def _decode(self, layer_number: int, query: Tensor) -> Tensor:
         """Heads that share keys stand as if they were positions: they see the same, and nothing is repeated."""
         n = len(query)
-        if isinstance(self._columns, int):
-            stored[0, :n, :, self._columns] = key
-            stored[1, :n, :, self._columns] = value
-        else:
-            stored[0, self._rows, :, self._columns] = key
-            stored[1, self._rows, :, self._columns] = value
+        if self._ragged is not None:
+            lines = self._lines[layer_number]
+            return self._ragged(query, lines[: self._half], lines[self._half :])
+        stored = self._stored[layer_number]
         if self._used is not None:
             return self._read_used(stored, query, self._used)
-        found = []
-        for piece in self._pieces:
-            seen = stored[:, piece.rows, :, : piece.longest]
-            found.append(F.scaled_dot_product_attention(query[piece.rows], seen[0], seen[1], attn_mask=piece.mask))
-        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
+        seen = stored[:, :n, :, : self._seen]
+        return F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=self._mask).reshape(n, -1)
 
     def _read_used(self, stored: Tensor, query: Tensor, used: Tensor) -> Tensor:
         """Of each slot its first `used` [n] int32 positions, by torch's varlen kernel, to which slots are rows of `capacity` tokens."""
@@ -160,6 +158,11 @@ class SlotCache:
         """Copy the first `length` positions of each (from, to) of slots as they were, none copied to twice; layer by layer."""
         if not moves:
             return
-        sources, targets = (torch.tensor(slots, device=self.device) for slots in zip(*moves, strict=True))
+        sources, targets = zip(*moves, strict=True)
+        if len(moves) == 1:
+            for stored in self._stored.values():
+                stored[:, targets[0], :, :length] = stored[:, sources[0], :, :length]
+            return
+        source, target = (torch.tensor(slots, device=self.device) for slots in (sources, targets))
         for stored in self._stored.values():
-            stored[:, targets, :, :length] = stored[:, sources, :, :length]
+            stored[:, target, :, :length] = stored[:, source, :, :length]

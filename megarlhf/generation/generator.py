@@ -167,10 +167,12 @@ class Generator:
             rows.repeated = [RepeatedSteps(chunk, rows.cache, choose, hidden_size=size, capture=capture) for chunk in self.chunks]
 
     def _cache(self, slots: int, capacity: int) -> SlotCache:
+        kv_heads, tp = kv_heads_per_rank(self.architecture, self.groups.layout.tp), self.groups.layout.tp
         return SlotCache(
             [layer.layer_number for chunk in self.chunks for layer in chunk.decoder.layers],
             slots=slots,
-            kv_heads=kv_heads_per_rank(self.architecture, self.groups.layout.tp),
+            kv_heads=kv_heads,
+            group=self.architecture.num_heads // tp // kv_heads,
             capacity=capacity,
             head_size=self.architecture.head_size,
             dtype=self._dtype,

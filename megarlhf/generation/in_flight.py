@@ -137,14 +137,9 @@ class RowsInFlight:
         self._tokens.clear()
         self._logprobs.clear()
         if ended:
-            self._move(self.slots.leave(ended))
+            moves = self.slots.leave(ended)
+            self.cache.move(moves, max((self.slots.held[at].position for _, at in moves), default=0))
             self._inputs = None
-        if self.cache.call_cost is not None and (moves := self.slots.put_in_order(self.cache.call_cost)):
-            self._move(moves)
-            self._inputs = None
-
-    def _move(self, moves: list[tuple[int, int]]) -> None:
-        self.cache.move(moves, max((self.slots.held[at].position for _, at in moves), default=0))
 
     def _from_host(self) -> tuple[Tensor, Tensor, Tensor]:
         held = self.slots.held

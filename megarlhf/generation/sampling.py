@@ -57,28 +57,39 @@ def mixed(x: Tensor) -> Tensor:
     return ((x >> 31) & ((1 << 33) - 1)).bitwise_xor_(x)
 
 
-def noise_bits(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
+def noise_keys(seed: int, iteration: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """What the noise of rows is drawn from, whatever the id: samples, positions [batch] int64 -> [batch] int64."""
+    start = _mixed_number((_mixed_number(seed + GOLDEN) ^ iteration) + GOLDEN)
+    return mixed((mixed((samples ^ start).add_(GOLDEN)) ^ positions).add_(GOLDEN))
+
+
+def _mixed_number(x: int) -> int:
+    """`mixed` of a number that the host has."""
+    x &= 2**64 - 1
+    for shift, factor in MIX:
+        x = (x ^ x >> shift) * factor & 2**64 - 1
+    x ^= x >> 31
+    return x - (x >> 63 << 64)  # as int64 reads it
+
+
+def noise_bits(keys: Tensor, vocab_ids: Tensor) -> Tensor:
     """52 random bits, a function of the arguments alone: [batch, n] int64 in [0, 2**52).
 
-    Args: samples, positions [batch] int64; vocab_ids [n] or, each row its own, [batch, n] int64.
+    Args: keys: see `noise_keys`; vocab_ids [n] or, each row its own, [batch, n] int64.
     """
-    key = torch.full_like(samples, seed)
-    for part in (torch.full_like(samples, iteration), samples, positions):
-        key = mixed(key + GOLDEN) ^ part
-    bits = mixed(mixed(key + GOLDEN)[:, None] + vocab_ids * GOLDEN)
-    return bits.bitwise_right_shift_(12).bitwise_and_(LAST)
+    return mixed(vocab_ids * GOLDEN + keys[:, None]).bitwise_right_shift_(12).bitwise_and_(LAST)
 
 
-def gumbel_noise(seed: int, iteration: int, samples: Tensor, positions: Tensor, vocab_ids: Tensor) -> Tensor:
+def gumbel_noise(keys: Tensor, vocab_ids: Tensor) -> Tensor:
     """Standard Gumbel noise from `noise_bits`: [batch, n] float32, never infinite.
 
     -log(-log(u)) of u = (bits + 1/2) / 2**52, by way of 1 - u: where the noise is large, which is where it decides, 1 - u is small and
     float32 holds it to a part in 2**24, as it would not hold u. So the error of the noise is some 1e-7 of it or of 1: less than
     what the rounding of float32 logits does to a score.
     """
-    rest = noise_bits(seed, iteration, samples, positions, vocab_ids).neg_().add_(LAST).float()
-    rest = rest.add_(0.5).mul_(2.0**-52).clamp_(max=1 - 2.0**-24)
-    return rest.neg_().log1p_().neg_().log_().neg_()
+    rest = noise_bits(keys, vocab_ids).bitwise_xor_(LAST).float()
+    minus_rest = rest.add_(0.5).mul_(-(2.0**-52)).clamp_(min=2.0**-24 - 1)
+    return minus_rest.log1p_().neg_().log_().neg_()
 
 
 def sample_tokens(
@@ -109,54 +120,50 @@ def sample_tokens(
     width = logits.shape[-1]
     first = first_vocab_id(width, tp)
     real = max(0, min(width, vocab_size - first))
-    found = []
+    is_whole = tp is None or tp.size() == 1
+    keys, found = noise_keys(seed, iteration, samples, positions), []
     for start in range(0, len(logits), rows := max(1, BLOCK // width)):
         part = slice(start, start + rows)
-        scaled = logits[part] / sampling.logprob_temperature
-        scaled[:, real:] = EXCLUDED
-        best, local, total = _best(scaled, sampling, tp, _Noise(seed, iteration, samples[part], positions[part]), first)
+        scaled = _scaled(logits[part], sampling.logprob_temperature, real)
+        best, local, total = _best(scaled, sampling, tp, keys[part], first)
         own = scaled.gather(1, local[:, None]).squeeze(1)
-        found.append(torch.stack([best.double(), (local + first).double(), own.double(), total.double()]))
-    candidates = gather_over_tensor_parallel(found[0] if len(found) == 1 else torch.cat(found, dim=1), tp)  # [tp, 4, batch]
-    if len(candidates) == 1:
-        _, token, own, total = candidates[0]
-        return token.long(), (own - total).float()
+        found.append((local, own - total) if is_whole else (best.double(), (local + first).double(), own.double(), total.double()))
+    columns = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*found, strict=True)]
+    if is_whole:
+        return columns[0], columns[1]
+    candidates = gather_over_tensor_parallel(torch.stack(columns), tp)  # [tp, 4, batch]
     winner = candidates[:, 0].max(dim=0).indices[None]  # [1, batch]: of equal scores the first rank's, whose ids are smaller
     token, own = (candidates[:, row].gather(0, winner).squeeze(0) for row in (1, 2))
     return token.long(), (own - candidates[:, 3].logsumexp(dim=0)).float()
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """What the noise of some rows is drawn from, but for the ids; those below zero are the families'."""
-
-    seed: int
-    iteration: int
-    samples: Tensor
-    positions: Tensor
-
-    def of(self, ids: Tensor) -> Tensor:
-        return gumbel_noise(self.seed, self.iteration, self.samples, self.positions, ids)
+def _scaled(logits: Tensor, temperature: float, real: int) -> Tensor:
+    """Logits [rows, width] over the temperature, those of padding, from `real` on, excluded; they themselves where that changes nothing."""
+    scaled = logits if temperature == 1 else logits / temperature
+    if real < logits.shape[-1]:
+        scaled = scaled.clone() if scaled is logits else scaled
+        scaled[:, real:] = EXCLUDED
+    return scaled
 
 
-def _best(scaled: Tensor, sampling: Sampling, tp: ProcessGroup | None, noise: _Noise, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best(scaled: Tensor, sampling: Sampling, tp: ProcessGroup | None, keys: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of a shard [rows, width] that begins with the id `first`: (score of the best, its place in the shard, logsumexp), each [rows].
 
-    A family is weighed by sums of exp(logit - the row's largest). One that is nothing in float32 lies more than 87 below another,
-    and two draws of the noise are never more than 41 apart: it could not win.
+    The noise of families is that of ids below zero. A family is weighed by sums of exp(logit - the row's largest). One that is nothing
+    in float32 lies more than 87 below another, and two draws of the noise are never more than 41 apart: it could not win.
     """
-    top = scaled.max(dim=-1, keepdim=True)
-    peak = top.values.clamp(min=LEAST)  # a shard may be all padding
+    top = None if sampling.temperature else scaled.max(dim=-1, keepdim=True)
+    peak = (scaled.amax(dim=-1, keepdim=True) if top is None else top.values).clamp(min=LEAST)  # a shard may be all padding
     sums = _family_sums(scaled, peak)
     total = sums.sum(dim=-1).log() + peak.squeeze(1)
-    if not sampling.temperature:
+    if top is not None:
         return top.values.squeeze(1), top.indices.squeeze(1), total
     kept = _truncated(scaled, sampling, tp)
     weights = sums if kept is scaled else _family_sums(kept, peak)
     families = torch.arange(weights.shape[-1], device=scaled.device)
-    score, family = (noise.of(-1 - first // FAMILY - families) + weights.log() + peak).max(dim=-1)
+    score, family = (gumbel_noise(keys, -1 - first // FAMILY - families) + weights.log() + peak).max(dim=-1)
     members = family[:, None] * FAMILY + torch.arange(FAMILY, device=scaled.device)
-    member = (noise.of(first + members) + kept.gather(1, members)).argmax(dim=-1)
+    member = (gumbel_noise(keys, first + members) + kept.gather(1, members)).argmax(dim=-1)
     return score, family * FAMILY + member, total
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one forward pass, but for a longer prompt: enough to fill a device, and no more activations than that."""
-MOVING = 3
-"""What moving a position of a row to another slot costs, in positions read: it is read and written twice."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +75,24 @@ class Slots:
     """Shared with other caches of the same copy of the model."""
     size: int
     held: list[Slot] = field(default_factory=list)
-    wasted: int = 0
-    """Positions that attention has read beyond what it would have with the slots in order, since they were put so last."""
+    entered: list[int] = field(default_factory=list)
+    """Slots whose rows have nothing in the cache yet, in ascending order; `admit` says what fills them."""
 
     def admit(self) -> list[Pass]:
         """Fill free slots with waiting rows; returns the passes that this takes, the last of which decodes all rows.
 
         Empty when nothing is held.
         """
-        first = len(self.held)
         while self.waiting and len(self.held) < self.size:
-            row = self.waiting.popleft()
-            self.held.append(Slot(row, row.length - 1))
-        holders = {}
-        for at, slot in enumerate(self.held[:first]):
-            holders.setdefault(slot.row.prompt, at)
+            self.entered.append(len(self.held))
+            self.held.append(_begun(self.waiting.popleft()))
+        holders, new = {}, set(self.entered)
+        for at, slot in enumerate(self.held):
+            if at not in new:
+                holders.setdefault(slot.row.prompt, at)
         prefilled: dict[int, list[int]] = {}
         copied: dict[int, list[tuple[int, int]]] = {}
-        for at in range(first, len(self.held)):
+        for at in self.entered:
             row = self.held[at].row
             holder = holders.setdefault(row.prompt, at)
             if row.length == 1:
@@ -103,6 +101,7 @@ class Slots:
                 prefilled.setdefault(row.length - 1, []).append(at)
             else:
                 copied.setdefault(row.length - 1, []).append((at, holder))
+        self.entered = []
         if not self.held:
             return []
         *early, last = _in_chunks(prefilled)
@@ -122,52 +121,25 @@ class Slots:
         return any(slot.position - slot.row.length + 1 >= slot.row.limit for slot in self.held)
 
     def leave(self, ended: Iterable[int]) -> list[tuple[int, int]]:
-        """Empty the slots `ended`; the last ones move into the gaps: (from, to) of each, no slot in two of them."""
-        gone = set(ended)
-        stay = len(self.held) - len(gone)
+        """Empty the slots `ended`; rows that wait take their places, and the last rows move into the gaps that are left.
+
+        Returns (from, to) of each move, no slot in two of them. To be followed by `admit`.
+        """
+        gaps = sorted(ended)
+        while gaps and self.waiting:  # the first gaps, so that nothing that has just entered would have to move
+            self.entered.append(gaps.pop(0))
+            self.held[self.entered[-1]] = _begun(self.waiting.popleft())
+        stay, gone = len(self.held) - len(gaps), set(gaps)
         movers = [at for at in range(stay, len(self.held)) if at not in gone]
-        moves = list(zip(movers, sorted(at for at in gone if at < stay), strict=True))
+        moves = list(zip(movers, (at for at in gaps if at < stay), strict=True))
         for source, target in moves:
             self.held[target] = self.held[source]
         del self.held[stay:]
         return moves
 
-    def put_in_order(self, call: int) -> list[tuple[int, int]]:
-        """Put longer rows before shorter ones, once reading them out of order has cost what moving them does: (from, to) of each move.
 
-        To be asked once per step. call: what a call of attention costs, in positions read.
-        """
-        if not self.held:
-            return []
-        lengths = [slot.position for slot in self.held]
-        order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
-        self.wasted += positions_read(lengths, call) - positions_read([lengths[at] for at in order], call)
-        moves = [(source, target) for target, source in enumerate(order) if source != target]
-        if self.wasted <= MOVING * sum(lengths[source] for source, _ in moves):
-            return []
-        self.held = [self.held[at] for at in order]
-        self.wasted = 0
-        return moves
-
-
-def read_together(lengths: Sequence[int], call: int) -> list[slice]:
-    """Which slots of these `lengths` attention reads in one call each, every row as far as the longest of its call.
-
-    Of 1, 2, 4 and 8 calls over equally many slots what costs least; `call` is what one costs, in positions read.
-    """
-    n = len(lengths)
-    sizes = {-(-n // calls) for calls in (1, 2, 4, 8)}
-    cuts = [[slice(at, min(n, at + size)) for at in range(0, n, size)] for size in sorted(sizes, reverse=True)]
-    return min(cuts, key=lambda pieces: _positions_read(lengths, pieces, call))
-
-
-def positions_read(lengths: Sequence[int], call: int) -> int:
-    """What `read_together` costs."""
-    return _positions_read(lengths, read_together(lengths, call), call)
-
-
-def _positions_read(lengths: Sequence[int], pieces: Sequence[slice], call: int) -> int:
-    return sum(call + max(lengths[piece]) * len(lengths[piece]) for piece in pieces)
+def _begun(row: WaitingRow) -> Slot:
+    return Slot(row, row.length - 1)
 
 
 def _in_chunks(prefilled: dict[int, list[int]]) -> list[tuple[SameLength, ...]]:

@@ -23,11 +23,11 @@ Angles = tuple[Tensor, Tensor]
 class PackedAttention(Protocol):
     """What knows to which rows packed tokens belong, and what those rows hold already."""
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer_number: int, query: Tensor, key_value: Tensor) -> Tensor:
         """Store the new keys and values of a layer and attend over all that is stored.
 
-        Args: query [wanted, kv_heads, heads per kv head, head_size], of the first tokens: all, or those that are decoded; key, value
-        [tokens, kv_heads, head_size]; rotated.
+        Args: query [wanted, kv_heads, heads per kv head, head_size], of the first tokens: all, or those that are decoded; key_value
+        [tokens, kv_heads, 2, head_size]: key, value; queries and keys are rotated.
         Returns: [wanted, heads * head_size].
         """
         ...
@@ -62,7 +62,7 @@ def _layer(layer: nn.Module, hidden: Tensor, angles: Angles | None, attention: P
     if isinstance(layer, ParallelResidualLayer):
         return attended.add_(hidden).add_(_feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)))
     hidden = attended.add_(hidden)
-    return hidden + _feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
+    return _feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)).add_(hidden)
 
 
 def _attend(
@@ -70,14 +70,15 @@ def _attend(
 ) -> Tensor:
     size, kv_heads = module.hidden_size_per_attention_head, module.num_query_groups_per_partition
     qkv = F.linear(x, module.linear_qkv.weight, module.linear_qkv.bias).view(len(x), kv_heads, -1, size)
-    turned, value = qkv[:, :, :-1], qkv[:, :, -1]  # queries, and the key after them
+    turned = qkv[:, :, :-1]  # queries, and the key after them; behind these the value
     if module.config.qk_layernorm:
         turned = torch.cat([module.q_layernorm(turned[:, :, :-1]), module.k_layernorm(turned[:, :, -1:])], dim=2)
     if angles is not None:
         cos, sin = angles
         turned = module.core_attention.rotary.turned(turned, cos[:, None], sin[:, None])
-    query, key = turned[:wanted, :, :-1], turned[:, :, -1]
-    attended = attention.attend(layer_number, query, key, value)
+    if module.config.qk_layernorm or angles is not None:
+        qkv[:, :, :-1] = turned
+    attended = attention.attend(layer_number, qkv[:wanted, :, :-2], qkv[:, :, -2:])
     return _row_linear(module.linear_proj, attended) if wanted else attended
 
 

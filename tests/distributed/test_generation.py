@@ -10,7 +10,7 @@ from megarlhf.batch import Prompts
 from megarlhf.generation import generator as generators
 from megarlhf.generation.generator import Generator
 from megarlhf.generation.in_flight import Listener
-from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, sample_tokens
+from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, noise_keys, sample_tokens
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import TIED_NAME, shards_held
 from megarlhf.models.transformer import ModelSpec, build_model, initialize, named_parameters
@@ -87,10 +87,10 @@ def slow_response(chunk, prompt, sample, *, temperature, top_k=None, top_p=None,
             before = scores[order].softmax(0).cumsum(0).roll(1)
             before[0] = 0.0
             scores[order[before >= (top_p or 2.0)]] = -torch.inf
-            keys = (seed, iteration, torch.tensor([sample]), torch.tensor([len(tokens)]))
+            keys = noise_keys(seed, iteration, torch.tensor([sample]), torch.tensor([len(tokens)]))
             families = torch.stack([part.logsumexp(0) for part in scores.split(FAMILY)])
-            family = int((families + gumbel_noise(*keys, -1 - torch.arange(len(families)))[0]).argmax())
-            scores += gumbel_noise(*keys, torch.arange(VOCAB))[0]
+            family = int((families + gumbel_noise(keys, -1 - torch.arange(len(families)))[0]).argmax())
+            scores += gumbel_noise(keys, torch.arange(VOCAB))[0]
             scores[torch.arange(VOCAB) // FAMILY != family] = -torch.inf
         tokens.append(int(scores.argmax()))
         logprobs.append(float(scaled.log_softmax(0)[tokens[-1]]))

@@ -5,7 +5,6 @@ that what such passes have said is remembered across schedules.
 """
 
 from collections import Counter
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from megarlhf.batch import Prompts
-from megarlhf.generation import cache
 from megarlhf.generation.generator import Generator
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.transformer import ModelSpec, build_model, initialize
@@ -113,10 +111,9 @@ def answered(chunks, groups, architecture, schedule, graphs=None):
     prompts, ends = prompts_of(schedule), ENDS[schedule["ends"]]
     how = {"architecture": architecture, "eos_id": ends[0] if ends else -1, "pad_id": PAD, "stop_ids": ends}
     limits = [limit for _, limit in schedule["rows"]]
-    with mock.patch.object(cache, "CALL_BYTES", 512):  # of attention: so few that rows of several lengths take several calls
-        generator, more = Generator(chunks, groups, **how), {"seed": 1, "iteration": 0, "max_batch_size": schedule["slots"]}
-        generator.make_capture = lambda: graphs
-        rollouts = generator.generate(prompts, max_new_tokens=limits, temperature=0.0, cuda_graphs=graphs is not None, **more)
+    generator, more = Generator(chunks, groups, **how), {"seed": 1, "iteration": 0, "max_batch_size": schedule["slots"]}
+    generator.make_capture = lambda: graphs
+    rollouts = generator.generate(prompts, max_new_tokens=limits, temperature=0.0, cuda_graphs=graphs is not None, **more)
     parts = zip(rollouts.tokens.tolist(), rollouts.prompt_lengths.tolist(), rollouts.lengths.tolist(), strict=True)
     return [row[start:stop] for row, start, stop in parts]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megarlhf.generation import cache as caches
 from megarlhf.generation.cache import SlotCache
 from megarlhf.generation.repeated_steps import batch_size, reach_of
-from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, level, read_together, slots_within
+from megarlhf.generation.schedule import PREFILL_TOKENS, Pass, SameLength, Slots, WaitingRow, dealt, level, slots_within
 
 PROMPT = st.tuples(st.integers(1, 30), st.integers(1, 4))  # length, rows
 ROWS = st.lists(PROMPT, min_size=1, max_size=12)
@@ -33,25 +33,27 @@ def test_rows_go_through_slots_with_their_own_prompts(prompts, limits, size, dat
     """`held` is a cache whose positions say whose token they hold; rows end at random or at their limit."""
     rows = rows_of(prompts, limits)
     slots, cache, given_tokens, steps = Slots(deque(rows), size), [[] for _ in range(size)], dict.fromkeys(range(len(rows)), 0), 0
+    known = set()
     while slots.held or slots.waiting:
-        before = len(slots.held)
         passes = slots.admit()
-        assert before <= len(slots.held) <= size and (len(slots.held) == size or not slots.waiting)
+        entered = [at for at, slot in enumerate(slots.held) if slot.row.number not in known]
+        known |= {slot.row.number for slot in slots.held}
+        assert len(slots.held) <= size and (len(slots.held) == size or not slots.waiting)
         for plan in passes:
             assert plan.tokens - plan.decoded <= PREFILL_TOKENS
             for group in plan.prefilled:
                 for at in group.slots:
-                    assert before <= at
+                    assert at in entered
                     cache[at] = [slots.held[at].row.prompt] * group.length
             for group in plan.copied:
                 for at, source in zip(group.slots, group.sources, strict=True):
-                    assert at >= before
+                    assert at in entered
                     cache[at] = cache[source][: group.length]
         assert [plan.decoded for plan in passes] == [0] * (len(passes) - 1) + [len(slots.held)]
         prefilled = [slots.held[at].row.prompt for plan in passes for group in plan.prefilled for at in group.slots]
         assert len(prefilled) == len(set(prefilled))
         for at, slot in enumerate(slots.held):
-            if at >= before:
+            if at in entered:
                 cache[at] = cache[at][: slot.row.length - 1]
             assert slot.position == len(cache[at]) and set(cache[at][: slot.row.length - 1]) <= {slot.row.prompt}
             cache[at].append(slot.row.prompt)
@@ -60,13 +62,13 @@ def test_rows_go_through_slots_with_their_own_prompts(prompts, limits, size, dat
         at_limit = [at for at, slot in enumerate(slots.held) if given_tokens[slot.row.number] == slot.row.limit]
         assert slots.is_full_of_tokens == bool(at_limit)
         ended = {*at_limit, *data.draw(st.sets(st.integers(0, len(slots.held) - 1), max_size=2))}
-        left = [slot.row.number for at, slot in enumerate(slots.held) if at not in ended]
-        for source, target in slots.leave(ended):
+        left, waited = [slot.row.number for at, slot in enumerate(slots.held) if at not in ended], [row.number for row in slots.waiting]
+        moves = slots.leave(ended)
+        for source, target in moves:
             assert target in ended and source not in ended
             cache[target] = list(cache[source])
-        for target, content in [(target, cache[source]) for source, target in slots.put_in_order(call=2)]:
-            cache[target] = content
-        assert sorted(slot.row.number for slot in slots.held) == sorted(left)
+        assert len(moves) <= max(0, len(ended) - len(waited))  # who waits needs no room made for him
+        assert sorted(slot.row.number for slot in slots.held) == sorted(left + waited[: len(ended)])
         steps += 1
     assert all(1 <= given_tokens[row.number] <= row.limit for row in rows)
 
@@ -118,43 +120,26 @@ def test_a_budget_holds_whole_slots_or_is_refused_with_what_one_takes():
         slots_within(99, 100, wanted=7, capacity=4)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(0, 100))
-def test_every_slot_is_read_in_one_call_and_fewer_positions_than_all_in_one(lengths, call):
-    pieces = read_together(lengths, call)
-    assert [at for piece in pieces for at in range(len(lengths))[piece]] == list(range(len(lengths))) and pieces[-1].stop == len(lengths)
-    assert sum(call + len(lengths[piece]) * max(lengths[piece]) for piece in pieces) <= call + len(lengths) * max(lengths)
-
-
-def test_slots_are_put_in_order_once_that_pays():
-    slots = Slots(deque(WaitingRow(number, number, 2 + 30 * (number % 2), 90) for number in range(16)), 16)
-    slots.admit()
-    asked, moves = 0, []
-    while not moves:
-        moves, asked = slots.put_in_order(call=1), asked + 1
-    lengths = [slot.row.length for slot in slots.held]
-    assert lengths == [32] * 8 + [2] * 8 and asked > 1 and not slots.put_in_order(call=1)
-    assert sorted(source for source, _ in moves) == sorted(target for _, target in moves)
-    assert len(read_together(lengths, 1)) == 2
-
-
 def attention(query, keys, values):
     """Of one token over all before it, heads in groups: [kv_heads, group, d], [seen, kv_heads, d] -> [kv_heads * group * d]."""
     scores = torch.einsum("kgd,skd->kgs", query, keys) / query.shape[-1] ** 0.5
     return torch.einsum("kgs,skd->kgd", scores.softmax(-1), values).flatten()
 
 
-def test_a_cache_attends_over_each_rows_own_tokens():
+@pytest.mark.parametrize("by", ["lines", "mask"])
+def test_a_cache_attends_over_each_rows_own_tokens(by):
     """Prefill of unequal prompts, a copied prompt, steps at equal and unequal positions, and rows that move."""
     generator = torch.Generator().manual_seed(0)
-    cache = SlotCache([1, 5], slots=5, kv_heads=2, capacity=9, head_size=4, dtype=torch.float32, device=torch.device("cpu"))
-    cache.call_cost = 1  # so little that a call for each slot pays
+    cache = SlotCache([1, 5], slots=5, kv_heads=2, group=3, capacity=9, head_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    assert cache.reads_lines
+    cache.reads_lines = by == "lines"
     seen = {slot: ([], []) for slot in range(5)}
 
     def step(plan, positions):
         cache.begin(plan, torch.tensor(positions, dtype=torch.int64), positions)
-        query, key, value = (torch.randn(plan.tokens, *shape, generator=generator) for shape in ((2, 3, 4), (2, 4), (2, 4)))
-        found, expected, at = cache.attend(5, query, key, value), torch.zeros(plan.tokens, 24), plan.decoded
+        query, key_value = (torch.randn(plan.tokens, *shape, generator=generator) for shape in ((2, 3, 4), (2, 2, 4)))
+        key, value = key_value.unbind(2)
+        found, expected, at = cache.attend(5, query, key_value), torch.zeros(plan.tokens, 24), plan.decoded
         for group in plan.prefilled:
             for slot in group.slots:
                 seen[slot] = ([], [])
@@ -171,7 +156,7 @@ def test_a_cache_attends_over_each_rows_own_tokens():
             expected[slot] = attention(query[slot], *map(torch.stack, seen[slot]))
         assert torch.allclose(found, expected, atol=1e-6)
         n = plan.decoded
-        assert torch.allclose(cache.attend(5, query[:n], key, value), expected[:n], atol=1e-6)  # nothing asked of the others
+        assert torch.allclose(cache.attend(5, query[:n], key_value), expected[:n], atol=1e-6)  # nothing asked of the others
 
     prefilled, copied = (SameLength(4, (0, 3)), SameLength(2, (1,))), (SameLength(4, (2,), (3,)),)
     step(Pass(4, prefilled, copied), [4, 2, 4, 4])
@@ -211,15 +196,15 @@ def varlen_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, seq
 def test_a_step_by_device_tensors_alone_is_the_ordinary_one(kernel):
     """Of both kinds of reading; slots that fill the batch up are written at position 0 alone."""
     generator = torch.Generator().manual_seed(0)
-    shape = {"slots": 5, "kv_heads": 2, "capacity": 9, "head_size": 4, "dtype": torch.float32, "device": torch.device("cpu")}
+    shape = {"slots": 5, "kv_heads": 2, "group": 3, "capacity": 9, "head_size": 4, "dtype": torch.float32, "device": torch.device("cpu")}
     module = {"torch.nn.attention.varlen": types.SimpleNamespace(varlen_attn=varlen_attention)}
     with mock.patch.object(caches, "has_varlen_kernel", lambda *_: kernel), mock.patch.dict(sys.modules, module):
         ordinary, repeated = SlotCache([1], **shape), SlotCache([1], **shape)
         for positions in ([2, 4, 0], [3, 5, 1]):
-            query, key, value = (torch.randn(4, *size, generator=generator) for size in ((2, 3, 4), (2, 4), (2, 4)))
+            query, key_value = (torch.randn(4, *size, generator=generator) for size in ((2, 3, 4), (2, 2, 4)))
             ordinary.begin(Pass(3), torch.tensor(positions), positions)
             repeated.begin_decoding(torch.tensor([*positions, 0]), 8)
-            expected = ordinary.attend(1, query[:3], key[:3], value[:3])
-            assert torch.allclose(repeated.attend(1, query, key, value)[:3], expected, atol=1e-6)
+            expected = ordinary.attend(1, query[:3], key_value[:3])
+            assert torch.allclose(repeated.attend(1, query, key_value)[:3], expected, atol=1e-6)
             assert torch.equal(repeated._stored[1][:, :3], ordinary._stored[1][:, :3])
             assert not repeated._stored[1][:, 3:, :, 1:].any() and not repeated._stored[1][:, 4:].any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megarlhf.generation import sampling
-from megarlhf.generation.sampling import FAMILY, Sampling, gumbel_noise, noise_bits, sample_tokens
+from megarlhf.generation.sampling import FAMILY, GOLDEN, MIX, Sampling, gumbel_noise, noise_bits, noise_keys, sample_tokens
 
 VOCAB, PADDED = 20, 32  # two families
 ROWS = 40000
@@ -83,8 +83,8 @@ def test_a_token_is_the_best_of_its_family_and_that_the_best_of_all_with_their_n
     values = logits(60)
     samples, positions = torch.arange(60) % 9, torch.arange(60) // 9
     tokens = sample(values, samples=samples, positions=positions, seed=3, iteration=2, **settings)
-    noise = gumbel_noise(3, 2, samples, positions, torch.arange(PADDED))
-    of_families = gumbel_noise(3, 2, samples, positions, -1 - torch.arange(PADDED // FAMILY))
+    keys = noise_keys(3, 2, samples, positions)
+    noise, of_families = gumbel_noise(keys, torch.arange(PADDED)), gumbel_noise(keys, -1 - torch.arange(PADDED // FAMILY))
     families = set()
     for row in range(60):
         kept = naive_scores(values[row], **settings)
@@ -136,8 +136,8 @@ def test_a_token_depends_on_its_own_keys_only():
     assert torch.equal(sample(values[order], samples=samples[order], positions=positions[order]), whole[order])
     wider = torch.cat([values, torch.full((64, 16), 60.0)], dim=1)
     assert torch.equal(sample(wider, samples=samples, positions=positions), whole)
-    noise = gumbel_noise(1, 0, samples, positions, torch.arange(40))
-    assert torch.equal(gumbel_noise(1, 0, samples[order], positions[order], torch.arange(13, 29)), noise[order, 13:29])
+    noise = gumbel_noise(noise_keys(1, 0, samples, positions), torch.arange(40))
+    assert torch.equal(gumbel_noise(noise_keys(1, 0, samples[order], positions[order]), torch.arange(13, 29)), noise[order, 13:29])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -152,8 +152,8 @@ def test_a_logprob_is_that_of_the_whole_vocabulary(settings):
 
 
 def test_noise_is_standard_gumbel():
-    keys = (1, 0, torch.arange(500), torch.arange(500) % 5, torch.arange(400))
-    bits, noise = noise_bits(*keys).flatten(), gumbel_noise(*keys).flatten()
+    keys, ids = noise_keys(1, 0, torch.arange(500), torch.arange(500) % 5), torch.arange(400)
+    bits, noise = noise_bits(keys, ids).flatten(), gumbel_noise(keys, ids).flatten()
     n = noise.numel()
     exact = -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
     assert noise.dtype == torch.float32 and noise.isfinite().all() and bits.unique().numel() == n
@@ -171,14 +171,14 @@ def uniform_along(key, n):
     """[n, 64] uniforms: along the rows `key` counts, along the columns another key, so that each column is one sequence."""
     counting, other = torch.arange(n), torch.arange(64)
     if key in ("seed", "iteration"):
-        rows = [gumbel_noise(*((i, 3) if key == "seed" else (3, i)), torch.tensor([4]), torch.tensor([5]), other) for i in range(n)]
-        noise = torch.cat(rows)
+        keys = [noise_keys(*((i, 3) if key == "seed" else (3, i)), torch.tensor([4]), torch.tensor([5])) for i in range(n)]
+        noise = gumbel_noise(torch.cat(keys), other)
     elif key == "vocabulary":
-        noise = gumbel_noise(3, 3, other, torch.full_like(other, 5), counting).T
+        noise = gumbel_noise(noise_keys(3, 3, other, torch.full_like(other, 5)), counting).T
     else:
         fixed = torch.full_like(counting, 5)
         samples, positions = (counting, fixed) if key == "sample" else (fixed, counting)
-        noise = gumbel_noise(3, 3, samples, positions, other)
+        noise = gumbel_noise(noise_keys(3, 3, samples, positions), other)
     return (-(-noise).exp()).exp()
 
 
@@ -193,10 +193,26 @@ def test_noise_is_independent_along_every_key(key, lag):
     assert statistic < bound
 
 
+def splitmix(state):
+    """The next number of splitmix64, an increment and two multiplications of 64 bits, as its authors write it."""
+    state = (state + GOLDEN) % 2**64
+    for shift, factor in MIX:
+        state = (state ^ (state >> shift)) * factor % 2**64
+    return state ^ (state >> 31)
+
+
+def test_noise_is_splitmix64_of_one_key_after_the_other():
+    """So that the same seed gives the same responses in every release; negative numbers are those of 64 bits."""
+    for seed, iteration, sample, position in ((0, 0, 0, 0), (2**63 - 1, 2**40, 2**50, 2**20), (-(2**63), -1, -5, 7), (3, 1, 4, 159)):
+        found = noise_bits(noise_keys(seed, iteration, torch.tensor([sample]), torch.tensor([position])), torch.tensor([-3, 0, 50256]))
+        key = splitmix(splitmix(splitmix(splitmix(seed) ^ iteration % 2**64) ^ sample % 2**64) ^ position)
+        assert found[0].tolist() == [splitmix(key + (vocab_id - 1) * GOLDEN) >> 12 for vocab_id in (-3, 0, 50256)]
+
+
 def test_keys_do_not_stand_for_each_other():
     """Swapped or shifted keys give other noise: no sum or exclusive or of the keys decides it."""
     ids = torch.arange(8)
     keys = list(itertools.product(range(5), repeat=4))
-    bits = [noise_bits(a, b, torch.tensor([c]), torch.tensor([d]), ids) for a, b, c, d in keys]
+    bits = [noise_bits(noise_keys(a, b, torch.tensor([c]), torch.tensor([d])), ids) for a, b, c, d in keys]
     assert torch.cat(bits).unique().numel() == len(keys) * len(ids)
-    assert gumbel_noise(2**63 - 1, 2**40, torch.tensor([2**50]), torch.tensor([2**20]), ids).isfinite().all()
+    assert gumbel_noise(noise_keys(2**63 - 1, 2**40, torch.tensor([2**50]), torch.tensor([2**20])), ids).isfinite().all()
