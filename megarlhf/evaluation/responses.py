@@ -169,7 +169,7 @@ def response_lines(judged: Judged, tokenizer: Tokenizer, prompts: Sequence[Promp
 def _carried(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's fields under names that an answer does not use itself."""
     carried = {name: value for name, value in fields.items() if name not in ANSWER_FIELDS}
-    for name in fields.keys() & set(ANSWER_FIELDS):
+    for name in (name for name in fields if name in ANSWER_FIELDS):  # in their order: that of a set is another in every process
         free = f"input_{name}"
         while free in carried:
             free = f"input_{free}"

@@ -168,6 +168,7 @@ def test_what_a_prompt_says_besides_stands_beside_its_answer():
     plain = response_records(rollouts(), Letters(), reward=judged.scores)
     assert records[0] == plain[0] | {"id": 7, "topic": ["x"]}
     assert records[1] == plain[1] | {"input_response": "given", "input_reward": None, "input_finished": 1}
+    assert [name for name in records[1] if name.startswith("input_")] == [f"input_{name}" for name in fields[1]]
     assert records[2] == plain[2] | {"input_kl": 2, "input_input_kl": 3, "input_input_input_kl": 1}
 
 
