@@ -12,16 +12,13 @@ from pathlib import Path
 import figures
 from label import label
 from make_data import read_lines, write_data
-from results import Results, tables
+from results import DONE, Results, finished, tables
 from stages import HEAVIER, SMOKE, Form, Stage, of_hours, stages
 
 import megarlhf
 from megarlhf.report.command import main as report
 
 HERE = Path(__file__).resolve().parent
-DONE = "stages.jsonl"
-"""A line for each finished stage: its name, and the seconds that it took."""
-
 
 def run_stage(stage: Stage) -> None:
     """Run one stage to its end."""
@@ -48,17 +45,12 @@ def hours(minutes: float) -> str:
     return f"{whole // 60} h {whole % 60:02} min" if whole >= 60 else f"{whole} min"
 
 
-def finished() -> dict[str, float]:
-    """The seconds that each finished stage took."""
-    return {line["name"]: line["seconds"] for line in read_lines(Path(DONE))} if Path(DONE).exists() else {}
-
-
 def run_all(table: Sequence[Stage]) -> None:
     """Run what is left, saying before each stage what it is and how long it and all the rest will take.
 
     The guess is the table's minutes, times what the stages that are done have taken in proportion to theirs.
     """
-    done = finished()
+    done = finished(Path())
     for number, stage in enumerate(table, start=1):
         if stage.name in done:
             continue
@@ -112,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_data(data, documents=form.documents, users=form.users, demonstrations=form.demonstrations, heldout=form.heldout)
     table = selected(stages(sizes, form), args.only)
     if args.look:
-        done = finished()
+        done = finished(Path())
         table = [stage for stage in table if stage.name in done]
     run_all(table)
     found = Results(Path(), sizes)
