@@ -11,7 +11,7 @@ from pathlib import Path
 
 import figures
 from label import label
-from make_data import read_lines, write_data
+from make_data import write_data
 from results import DONE, Results, finished, tables
 from stages import HEAVIER, SMOKE, Form, Stage, of_hours, stages
 
