@@ -13,7 +13,7 @@ import figures
 from label import label
 from make_data import write_data
 from results import DONE, Results, finished, tables
-from stages import HEAVIER, SMOKE, Form, Stage, of_hours, stages
+from stages import HEAVIER, SMOKE, Form, Stage, of_hours, selected, stages
 
 import megarlhf
 from megarlhf.report.command import main as report
@@ -28,15 +28,6 @@ def run_stage(stage: Stage) -> None:
         return
     words = [*stage.overrides, f"run.dir={stage.name}"]
     getattr(megarlhf, stage.command)(megarlhf.load(stage.command, HERE / f"{stage.command}.yaml", words))
-
-
-def selected(table: Sequence[Stage], only: str | None) -> list[Stage]:
-    """The stages whose names begin with `only`, and all that these need; without it all."""
-    wanted: list[Stage] = []
-    for stage in reversed(table):
-        if only is None or stage.name.startswith(only) or any(other.needs(stage) for other in wanted):
-            wanted.insert(0, stage)
-    return wanted
 
 
 def hours(minutes: float) -> str:
@@ -86,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, help="scale the steps so that it takes so long on one core")
     parser.add_argument("--sizes", nargs="+", choices=list(HEAVIER), help="which sizes (default: small middle large)")
     parser.add_argument("--look", action="store_true", help="run nothing: tables, figures and report of what there is so far")
-    parser.add_argument("--only", metavar="NAME", help="stages whose folders begin so, and what they need: sweeps/ptx_coef, small")
+    only = "stages whose folders begin so, their models' answers, and what they need: sweeps/ptx_coef, small"
+    parser.add_argument("--only", metavar="NAME", help=only)
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     os.chdir(args.runs)
