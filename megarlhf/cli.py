@@ -29,7 +29,7 @@ TOOLS = {
     "convert": ("megarlhf.conversion.command", "between a Hugging Face folder and a checkpoint"),
     "plan": ("megarlhf.planning.command", "what a run needs, how long it takes and whether it fits, before it is started"),
     "chat": ("megarlhf.chat.command", "talk to a model in a terminal"),
-    "replay": ("megarlhf.runs.replay", "take a step again whose loss or gradients were not finite, and say where that begins"),
+    "replay": ("megarlhf.runs.replay_command", "take a step again whose loss or gradients were not finite, and say where that begins"),
     "doctor": ("megarlhf.doctor.command", "what this machine or cluster has for a run, and what it lacks"),
     "report": ("megarlhf.report.command", "one page for people from the folders of runs: curves, samples, warnings"),
 }

@@ -18,7 +18,8 @@ import torch
 
 from megarlhf.config.packages import INSTALL_DALI, has_dali
 from megarlhf.data.corpus import Corpus
-from megarlhf.data.pretraining import PretrainingStream, write_corpus
+from megarlhf.data.pretraining import PretrainingStream
+from megarlhf.preparation.corpora import write_corpus
 
 EOS, VOCAB = 0, 50_000
 

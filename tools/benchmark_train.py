@@ -28,7 +28,7 @@ from pathlib import Path
 from ragged_rows import paper_rows, write_rows
 
 STEPS = ("sft", "reward", "ppo")
-PEERS = {"sft": ("sft", "sft-packed"), "reward": ("reward",), "ppo": ()}
+PEERS = {"sft": ("sft", "sft-packed", "sft-wrapped"), "reward": ("reward",), "ppo": ()}
 """What the peer has for a step: tools/benchmark_trl_train.py's names."""
 
 

@@ -4,9 +4,11 @@
 
 GPT-2 at random initialization, without dropout; random ids. TRL's defaults but for: gradient checkpointing off, learning rate 1e-5, no
 logging, saving or truncation, the batch of a step cut into TRL's own 8 rows per device with gradient accumulation, torch's fused AdamW,
-GPT-2's activation in one kernel. sft-packed is `packing=True` (best fit decreasing) into rows of --max-seq-len; each such row is one of 8.
-A comparison counts as one row, as in TRL. Tokens are those that are no padding. The last line printed is JSON: tokens per second by the
-clock and of CPU, over --iterations steps after one that is not counted.
+GPT-2's activation in one kernel. sft-packed is `packing=True` (best fit decreasing) into rows of --max-seq-len; each such row is one of
+8, and all 8 are laid end to end for a kernel that keeps them apart: without one, as on a CPU, every token is multiplied with every other.
+sft-wrapped cuts the text of all rows into rows of --max-seq-len wherever they end: attention crosses from a demonstration into the next,
+which is another loss. A comparison counts as one row, as in TRL. Tokens are those that are no padding. The last line printed is JSON:
+tokens per second by the clock and of CPU, over --iterations steps after one that is not counted.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}. This benchmark needs TRL: {install}") from error
 
 PER_DEVICE = 8
+PACKING = {"sft-packed": "bfd", "sft-wrapped": "wrapped"}
 
 
 class StepTimes(TrainerCallback):
@@ -98,10 +101,9 @@ def sft_trainer(args: argparse.Namespace, rows: list[list[int]], output_dir: str
     ids = [torch.randint(0, args.vocab_size, (prompt + response,)).tolist() for prompt, response in rows]
     masks = [[0] * prompt + [1] * response for prompt, response in rows]
     data = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
-    packed = args.kind == "sft-packed"
-    settings = {**common(args, len(rows), output_dir), "packing": packed, "max_length": args.max_seq_len, "completion_only_loss": True}
-    if packed:
-        settings["gradient_accumulation_steps"] = 1
+    settings = {**common(args, len(rows), output_dir), "max_length": args.max_seq_len, "completion_only_loss": True}
+    if args.kind != "sft":
+        settings |= {"packing": True, "packing_strategy": PACKING[args.kind], "gradient_accumulation_steps": 1}
     config = SFTConfig(**settings)
     return SFTTrainer(model=GPT2LMHeadModel(architecture(args)), args=config, train_dataset=data, processing_class=numbers_tokenizer(args))
 
@@ -159,7 +161,7 @@ def numbers_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("sft", "sft-packed", "reward"), required=True)
+    parser.add_argument("--kind", choices=("sft", "sft-packed", "sft-wrapped", "reward"), required=True)
     parser.add_argument("--rows", type=Path, required=True, help="JSON: the lengths of each row's prompt and response, or two completions")
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)

@@ -22,6 +22,15 @@ PANELS = tuple((group, prompts) for group in ("training", "held-out") for prompt
 """Labellers, and which held-out users' prompts (Figure 3)."""
 
 
+DONE = "stages.jsonl"
+"""A line for each finished stage: its name, and the seconds that it took."""
+
+
+def finished(runs: Path) -> dict[str, float]:
+    """The seconds that each finished stage took, by its name."""
+    return {line["name"]: line["seconds"] for line in read_lines(runs / DONE)} if (runs / DONE).exists() else {}
+
+
 class Results:
     """What a runs folder holds, by size and system; what is not there yet is left out everywhere."""
 
@@ -117,9 +126,8 @@ class Results:
         return {name: values for name, values in found.items() if values}
 
     def curve(self, folder: str) -> list[tuple[float, float, float]]:
-        """(share of the run, loss, accuracy) of a reward model on held-out users' prompts while it is trained."""
-        path = self.runs / folder / "metrics.jsonl"
-        lines = read_lines(path) if path.exists() else []
+        """(share of the run, loss, accuracy) of a reward model that is trained to its end, on held-out users' prompts on the way."""
+        lines = read_lines(self.runs / folder / "metrics.jsonl") if folder in finished(self.runs) else []
         points = [(line["step"], line["valid/ranking_loss"], line["valid/accuracy"]) for line in lines if "valid/ranking_loss" in line]
         return [(step / points[-1][0], loss, accuracy) for step, loss, accuracy in points]
 

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import figures
 from label import label
-from make_data import read_lines, write_data
-from results import Results, tables
-from stages import HEAVIER, SMOKE, Form, Stage, of_hours, stages
+from make_data import write_data
+from results import DONE, Results, finished, tables
+from stages import HEAVIER, SMOKE, Form, Stage, of_hours, selected, stages
 
 import megarlhf
 from megarlhf.report.command import main as report
 
 HERE = Path(__file__).resolve().parent
-DONE = "stages.jsonl"
-"""A line for each finished stage: its name, and the seconds that it took."""
-
 
 def run_stage(stage: Stage) -> None:
     """Run one stage to its end."""
@@ -33,24 +30,10 @@ def run_stage(stage: Stage) -> None:
     getattr(megarlhf, stage.command)(megarlhf.load(stage.command, HERE / f"{stage.command}.yaml", words))
 
 
-def selected(table: Sequence[Stage], only: str | None) -> list[Stage]:
-    """The stages whose names begin with `only`, and all that these need; without it all."""
-    wanted: list[Stage] = []
-    for stage in reversed(table):
-        if only is None or stage.name.startswith(only) or any(other.needs(stage) for other in wanted):
-            wanted.insert(0, stage)
-    return wanted
-
-
 def hours(minutes: float) -> str:
     """As "2 h 05 min" or "3 min"."""
     whole = max(1, round(minutes))
     return f"{whole // 60} h {whole % 60:02} min" if whole >= 60 else f"{whole} min"
-
-
-def finished() -> dict[str, float]:
-    """The seconds that each finished stage took."""
-    return {line["name"]: line["seconds"] for line in read_lines(Path(DONE))} if Path(DONE).exists() else {}
 
 
 def run_all(table: Sequence[Stage]) -> None:
@@ -58,7 +41,7 @@ def run_all(table: Sequence[Stage]) -> None:
 
     The guess is the table's minutes, times what the stages that are done have taken in proportion to theirs.
     """
-    done = finished()
+    done = finished(Path())
     for number, stage in enumerate(table, start=1):
         if stage.name in done:
             continue
@@ -94,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, help="scale the steps so that it takes so long on one core")
     parser.add_argument("--sizes", nargs="+", choices=list(HEAVIER), help="which sizes (default: small middle large)")
     parser.add_argument("--look", action="store_true", help="run nothing: tables, figures and report of what there is so far")
-    parser.add_argument("--only", metavar="NAME", help="stages whose folders begin so, and what they need: sweeps/ptx_coef, small")
+    only = "stages whose folders begin so, their models' answers, and what they need: sweeps/ptx_coef, small"
+    parser.add_argument("--only", metavar="NAME", help=only)
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     os.chdir(args.runs)
@@ -112,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_data(data, documents=form.documents, users=form.users, demonstrations=form.demonstrations, heldout=form.heldout)
     table = selected(stages(sizes, form), args.only)
     if args.look:
-        done = finished()
+        done = finished(Path())
         table = [stage for stage in table if stage.name in done]
     run_all(table)
     found = Results(Path(), sizes)

@@ -119,6 +119,17 @@ def stages(sizes: Sequence[str], form: Form) -> list[Stage]:
     return [stage.shortened(form) for stage in {stage.name: stage for stage in table}.values()]
 
 
+def selected(table: Sequence[Stage], only: str | None) -> list[Stage]:
+    """The stages whose names begin with `only`, evaluations of their models, and all that these need; without it all."""
+    named = [stage for stage in table if only is None or stage.name.startswith(only)]
+    models = {f"model.load={stage.name}" for stage in named}
+    wanted = [stage for stage in table if stage in named or (stage.command == "evaluate" and models & set(stage.overrides))]
+    for stage in reversed(table):
+        if stage not in wanted and any(other.needs(stage) for other in wanted):
+            wanted.append(stage)
+    return [stage for stage in table if stage in wanted]
+
+
 def of_hours(sizes: Sequence[str], hours: float) -> Form:
     """The standard form with as many steps as fit into some hours on one core; comparisons, reward models and answers take theirs."""
     minutes, fixed = (sum(stage.minutes for stage in stages(sizes, form)) for form in (Form(), replace(Form(), **dict.fromkeys(STEPS, 0))))

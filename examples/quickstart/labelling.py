@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megarlhf.evaluation.win_rate import win_rate
+from megarlhf.evaluation.intervals import win_rate
 
 MAX_SCORE = 6.0
 TIE_MARGIN = 0.05

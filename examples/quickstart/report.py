@@ -8,7 +8,7 @@ from pathlib import Path
 
 from labelling import preference, read_pairs, score
 
-from megarlhf.evaluation.win_rate import win_rate
+from megarlhf.evaluation.intervals import win_rate
 from megarlhf.telemetry.tables import format_table
 
 MODELS = {"SFT baseline": "sft", "PPO start": "ppo_init", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}

@@ -21,13 +21,16 @@ shared=("tokenizer.path=$data/tokenizer.model")
 # shellcheck source=examples/stage.sh
 source examples/stage.sh
 
-if [ ! -f "$data/corpus.idx" ]; then
+if [ ! -f "$data/corpus.idx" ] || [ ! -f "$data/corpus_heldout.idx" ]; then
   echo "== data"
   mkdir -p "$data"
   "$python" $here/make_data.py --output "$data" --tokenizer-vocab 1024
-  for text in corpus_heldout corpus; do
-    "$python" -m megarlhf preprocess --input "$data/$text.jsonl" --output-prefix "$data/$text" --tokenizer "$data/tokenizer.model"
-  done
+  preprocess() {
+    "$python" -m megarlhf preprocess --input "$data/$1.jsonl" --output-prefix "$data/$1" --tokenizer "$data/tokenizer.model" --overwrite
+  }
+  preprocess corpus_heldout & heldout=$!
+  preprocess corpus
+  wait "$heldout"
 fi
 demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demonstrations_valid.jsonl")
 text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rule import preference, score
 
-from megarlhf.evaluation.win_rate import win_rate
+from megarlhf.evaluation.intervals import win_rate
 from megarlhf.telemetry.tables import format_table
 
 MODELS = {"SmolLM2-135M-Instruct": "start", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}

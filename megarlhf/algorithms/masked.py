@@ -34,12 +34,6 @@ def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     return torch.where(mask, (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + eps), 0.0)
 
 
-def rescale(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """x to (biased) variance 1 over the True positions with its mean kept, 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(masked_variance(x, mask) + eps) + mean, 0.0)
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over the True positions: 1 is a perfect critic, 0 a constant one.
 

@@ -1,4 +1,4 @@
-"""Win rates of one model's answers against another's, with their uncertainty (Ouyang et al. 2022, section 4.1)."""
+"""Whose answers are better: by a reward model, and by people's labels (Ouyang et al. 2022, section 4.1)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from megarlhf.data.answers import Answer, AnswerRow, Key, Label
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
-from megarlhf.evaluation.intervals import mean_interval
-
-
-def win_rate(preferences: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of `preferences` (a tie is half a win) and its 95 % Wilson interval: (rate, low, high).
-
-    A tie varies less than a win or a loss, so the interval is on the wide side.
-
-    Raises:
-        ValueError: there are no preferences.
-    """
-    if not preferences:
-        raise ValueError("a win rate needs at least one comparison; there is none")
-    return mean_interval(preferences)
 
 
 def answer_scores(engine: Engine, rows: Sequence[AnswerRow], *, pad_id: int) -> list[float]:

@@ -13,18 +13,6 @@ NEVER = -1e30
 """The logit of a padded vocabulary id: its exp is exactly 0 in float32, and it stays finite in sums."""
 
 
-def mask_padded_vocab(logits: Tensor, *, vocab_size: int, first_id: int) -> Tensor:
-    """Logits with the padded vocabulary ids excluded, so that results do not depend on the padding.
-
-    Args: logits [..., shard] for ids first_id .. first_id + shard - 1; vocab_size: ids that mean something.
-    """
-    real = max(0, min(logits.shape[-1], vocab_size - first_id))
-    if real == logits.shape[-1]:
-        return logits
-    keep = torch.arange(logits.shape[-1], device=logits.device) < real
-    return torch.where(keep, logits, NEVER)
-
-
 def first_vocab_id(shard_size: int, tp: dist.ProcessGroup | None) -> int:
     """The first vocabulary id of this tensor-parallel rank's shard."""
     return 0 if tp is None else shard_size * tp.rank()
@@ -87,25 +75,3 @@ class SoftmaxParts:
     def entropy(self) -> Tensor:
         """In nats [n]: log of the total minus the mean of what stands in it."""
         return self.total.log() - self.weighted / self.total
-
-
-def vocab_parallel_logprobs(
-    logits: Tensor, targets: Tensor, *, vocab_size: int, tp: dist.ProcessGroup | None, temperature: float = 1.0
-) -> Tensor:
-    """log pi(target) under softmax(logits / temperature), without a gradient, equal on all tensor-parallel ranks.
-
-    Training's, with a gradient and without the logits of all positions, are `models.vocab_head.head_logprobs`.
-
-    Args:
-        logits: [n, padded_vocab / tp] any float type; left as it was.
-        targets: [n] int64 vocabulary ids.
-        vocab_size: ids at and above it are padding and have no probability.
-        tp: the tensor-parallel group, None for one rank.
-
-    Returns: [n] float32.
-    """
-    tp = tp if tp is not None and tp.size() > 1 else None
-    first = first_vocab_id(logits.shape[-1], tp)
-    own = logits.float().div(temperature)  # a copy
-    own[:, max(0, vocab_size - first) :] = NEVER
-    return SoftmaxParts.of(own, targets - first, entropy_too=False).over(tp).logprobs()

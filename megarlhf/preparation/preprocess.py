@@ -19,11 +19,11 @@ from itertools import islice
 
 from megarlhf.data.documents import document_text, stored_documents
 from megarlhf.data.files import BadRecord
-from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.records import RecordTally
 from megarlhf.data.tokenized import TextEncoder, TextLoss, encode_text
 from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
 from megarlhf.endings import ended
+from megarlhf.preparation.corpora import write_corpus
 
 BATCH_SIZE = 4096  # documents in memory at once
 REPORT_EVERY_S = 5.0

@@ -1,14 +1,10 @@
-"""`megarlhf replay RUN/bad_batches/step_00000012_policy.safetensors`: a step that was not finite is taken again and looked into.
-
-Alone or under torchrun, with the weights of the checkpoint nearest to the step. First the weights and the batch itself are looked at,
-then what the model makes of each row, then the gradients: of the whole step, of each term, of each row of a term that is not finite.
-"""
+"""A step that was not finite, taken again and looked into: the weights, the batch, each row, then the gradients."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from megarlhf.engine.bad_steps import KeptStep, names_of, read_kept
@@ -27,12 +23,9 @@ from megarlhf.runs.examination import examine
 from megarlhf.runs.models import chosen_model
 from megarlhf.storage.checkpoints import Saved
 
-SUMMARY = "Take a step again whose loss or gradients were not finite, and say which term, row and parameter that begins with."
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Replay as the command line says; returns the exit status: 0 whatever is found, 2 for what the user can mend, 1 otherwise."""
-    options = _parser().parse_args(arguments)
+def replay_alone_or_with_others(options: argparse.Namespace) -> int:
+    """Replay as the options of `megarlhf replay` say, in the world that the process was started in; returns the exit status."""
     try:
         place = place_in_run()
         world = World.connect(place, timeout_minutes=options.timeout_minutes)
@@ -54,15 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"rank {world.rank}: the exchange between the ranks broke: {error}", 1)
     world.close()
     return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megarlhf replay", description=SUMMARY, allow_abbrev=False)
-    parser.add_argument("batch", type=Path, help="a file of a run's bad_batches/")
-    nearest = "a checkpoint or a run to take the weights from (default: the run's own checkpoint nearest to the step)"
-    parser.add_argument("--checkpoint", help=nearest)
-    parser.add_argument("--timeout-minutes", type=float, default=30.0, help="how long a rank waits for another (default: 30)")
-    return parser
 
 
 def _failed(problem: str, status: int, *, speaks: bool = True) -> int:

@@ -9,10 +9,10 @@ from unittest import mock
 import yaml
 
 from megarlhf.config import load_stage_config
-from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.parallel.groups import World
+from megarlhf.preparation.corpora import write_corpus
 
 STAGES = ("base", "sft", "reward", "ppo", "grpo", "dpo")
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "max_seq_len": 40, "init_std": 0.1}

@@ -17,7 +17,6 @@ from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.pipeline import StageCommunicator
 from megarlhf.parallel.seed import derive_seed
-from megarlhf.parallel.vocab import vocab_parallel_logprobs
 
 LAYOUTS = [{"tp": tp, "pp": pp} for tp, pp in itertools.product((1, 2, 4), (1, 2, 4)) if tp * pp <= 4]
 AXES = {"tp": "tp", "dp": "dp", "pp": "pp", "copy": "tp,pp", "outputs": "dp,pp", "world": "tp,dp,pp"}
@@ -169,11 +168,6 @@ def vocab_of(world, tp, vocab_size, padded, dtype, temperature, chunk_rows):
     torch.testing.assert_close(grad_hidden.double(), dense[0].grad, **{"rtol": 1e-4, "atol": 1e-3 if not low else 0.05, **low})
     torch.testing.assert_close(grads[1].double(), dense[1].grad[first : first + shard], **{"rtol": 1e-4, "atol": 1e-4, **low})
     assert (grads[1][max(0, vocab_size - first) :] == 0).all()
-
-    logits = hidden.float() @ weight[first : first + shard].float().T
-    before = logits.clone()
-    torch.testing.assert_close(vocab_parallel_logprobs(logits, targets, **how), found, rtol=1e-5, atol=1e-4)
-    assert torch.equal(logits, before)
     return found.detach(), entropy
 
 

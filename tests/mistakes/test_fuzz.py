@@ -28,11 +28,11 @@ from megarlhf.data.answers import read_answers, read_labels
 from megarlhf.data.chat import Chat
 from megarlhf.data.corpus import Corpus
 from megarlhf.data.fields import Message
-from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.records import read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.tasks import read_task
 from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.models.parameters import parameter_specs
+from megarlhf.preparation.corpora import write_corpus
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import CheckpointReader
 from megarlhf.storage.pieces import Piece

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from megarlhf.algorithms.kl import adapted_kl_coef, k1, k2, k3
-from megarlhf.algorithms.logprobs import entropy_from_logits, logprobs_from_logits
-from megarlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, rescale, standardize
+from megarlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, standardize
 
 ROWS = torch.tensor([[1.0, 2.0, 3.0], [6.0, -1.0, 0.0]])
 MASK = torch.tensor([[True, False, True], [True, True, False]])
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
-@pytest.mark.parametrize("function", [masked_sum, masked_mean, standardize, rescale])
+@pytest.mark.parametrize("function", [masked_sum, masked_mean, standardize])
 def test_nothing_outside_the_mask_is_seen(function, poison):
     poisoned = torch.where(MASK, ROWS, poison)
     assert torch.equal(function(poisoned, MASK), function(ROWS, MASK))
@@ -33,19 +32,19 @@ def test_gradient_of_a_masked_sum_stays_inside_the_mask():
 
 def test_an_empty_mask_gives_zeros():
     none = torch.zeros_like(MASK)
-    for function in (masked_sum, masked_mean, standardize, rescale):
+    for function in (masked_sum, masked_mean, standardize):
         assert not function(ROWS, none).any()
     assert explained_variance(ROWS, ROWS, none) == 0
 
 
-def test_standardize_and_rescale():
+def test_standardize():
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3 + 7
     mask = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)) < 0.6
-    for scaled, mean in ((standardize(x, mask), 0.0), (rescale(x, mask), x[mask].mean())):
-        torch.testing.assert_close(scaled[mask].mean(), torch.as_tensor(mean), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(scaled[mask].var(correction=0), torch.tensor(1.0))
-        assert not scaled[~mask].any()
-        assert torch.equal(scaled[mask].argsort(), x[mask].argsort())
+    scaled = standardize(x, mask)
+    torch.testing.assert_close(scaled[mask].mean(), torch.tensor(0.0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scaled[mask].var(correction=0), torch.tensor(1.0))
+    assert not scaled[~mask].any()
+    assert torch.equal(scaled[mask].argsort(), x[mask].argsort())
 
 
 def test_what_does_not_vary_is_standardized_to_zero():
@@ -59,42 +58,6 @@ def test_explained_variance():
     assert explained_variance(-returns, returns, MASK) == 1 - 4
     for constant in (0.1, 0.3, -1.0):  # 0.3: its mean over 7 in floating point is not 0.3
         assert explained_variance(torch.randn(1, 7), torch.full((1, 7), constant), torch.ones(1, 7, dtype=torch.bool)) == 0
-
-
-def test_logprobs_are_about_the_next_token():
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 0, 2] = math.log(3)  # probabilities 1/6 1/6 1/2 1/6
-    logits[0, 2] = math.nan  # predicts a token after the last
-    tokens = torch.tensor([[0, 2, 1]])
-    torch.testing.assert_close(logprobs_from_logits(logits, tokens), torch.tensor([[0.5, 0.25]]).log())
-    cooler = logprobs_from_logits(logits, tokens, temperature=0.5)
-    torch.testing.assert_close(cooler, torch.tensor([[9 / 12, 0.25]]).log())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logprobs_are_float32_whatever_the_logits(dtype):
-    logits = torch.randn(2, 5, 11).to(dtype)
-    tokens = torch.randint(11, (2, 5))
-    for function in (lambda x: logprobs_from_logits(x, tokens), entropy_from_logits):
-        assert function(logits).dtype == torch.float32
-        assert torch.equal(function(logits), function(logits.float()))
-
-
-def test_entropy_of_known_distributions_and_excluded_ids():
-    logits = torch.full((1, 3, 6), -math.inf)
-    logits[0, 0, :4] = 1.0  # uniform over 4 ids
-    logits[0, 1, 5] = 2.0  # certain
-    logits.requires_grad_()
-    entropy = entropy_from_logits(logits)
-    torch.testing.assert_close(entropy, torch.tensor([[math.log(4), 0.0]]))
-    entropy.sum().backward()
-    assert logits.grad[:, :-1].isfinite().all()
-
-
-def test_entropy_falls_with_temperature():
-    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
-    hot, warm, cold = (entropy_from_logits(logits, temperature=t) for t in (2.0, 1.0, 0.5))
-    assert (hot > warm).all() and (warm > cold).all()
 
 
 def test_kl_of_equal_policies_is_zero():

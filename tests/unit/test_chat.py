@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
-from megarlhf.chat.command import Talk
 from megarlhf.chat.conversation import Conversation, SpokenText
+from megarlhf.chat.talk import Talk
 from megarlhf.data.tokenizers import load_tokenizer
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -10,9 +10,10 @@ from megarlhf.config.packages import INSTALL_DALI, has_dali
 from megarlhf.config.sections import CorpusConfig, PretrainingDataConfig
 from megarlhf.data.blend import BlendedOrder
 from megarlhf.data.corpus import Corpus
-from megarlhf.data.pretraining import PretrainingStream, write_corpus
+from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.preparation.corpora import write_corpus
 from megarlhf.runs.records import LimitsConfig, Records
 
 EOS, VOCAB, SEQ_LEN = 7, 500, 8

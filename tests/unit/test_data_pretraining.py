@@ -15,10 +15,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megarlhf.data import corpus as corpus_module
 from megarlhf.data.corpus import Corpus
-from megarlhf.data.pretraining import PretrainingStream, held_out_rows, write_corpus
+from megarlhf.data.pretraining import PretrainingStream, held_out_rows
 from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.preparation import preprocess
+from megarlhf.preparation.corpora import write_corpus
 
 ROOT = Path(__file__).parents[2]
 EOS, VOCAB = 7, 70_000

@@ -14,12 +14,12 @@ from megarlhf.data.answers import Answer, AnswerRow, Label
 from megarlhf.data.task_rows import TaskRow
 from megarlhf.data.tasks import TaskRecord
 from megarlhf.data.tokenized import PromptRow, RankingRow
-from megarlhf.evaluation.intervals import interval_metrics, mean_interval
+from megarlhf.evaluation.intervals import interval_metrics, mean_interval, win_rate
 from megarlhf.evaluation.rankings import accuracy_by_group, accuracy_by_prompt, ranking_metrics, ranking_records
 from megarlhf.evaluation.responses import Judged, ResponseJudge, response_lines, response_records
 from megarlhf.evaluation.tasks import answer_results, choice_results, contains, exact_match, f1, newline_ids, task_metrics
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
-from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers, win_rate
+from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers
 from megarlhf.parallel.seed import derive_seed
 
 

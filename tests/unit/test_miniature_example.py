@@ -157,6 +157,13 @@ def test_a_sweep_brings_what_it_needs(example):
     point = by_name["sweeps/answers/kl_coef/0.5"]
     assert point.needs(by_name["sweeps/kl_coef/0.5"]) and point.needs(by_name["round_1/reward"])
     assert not point.needs(by_name["small/ppo"]) and not by_name["small/sft"].needs(by_name["small/ppo_init"])
+    chosen = [stage.name for stage in example.stages.selected(table, "sweeps/ptx_coef")]
+    for name in ("sweeps/ptx_coef/0.1", "sweeps/answers/ptx_coef/0.1", "round_1/reward", "small/ppo_init"):
+        assert name in chosen
+    assert not {"sweeps/kl_coef/0.5", "sweeps/answers/kl_coef/0.5", "small/ppo"} & set(chosen)
+    assert chosen.index("round_1/reward") < chosen.index("sweeps/ptx_coef/0.1") < chosen.index("sweeps/answers/ptx_coef/0.1")
+    assert not any("/answers/" in stage.name for stage in example.stages.selected(table, "round_1/reward"))
+    assert example.stages.selected(table, None) == table
 
 
 def write_system(example, folder: Path, answers: list[dict], numbers: dict[str, float]) -> None:

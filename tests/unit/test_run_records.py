@@ -6,7 +6,7 @@ import types
 import pytest
 
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig
-from megarlhf.data.pretraining import write_corpus
+from megarlhf.preparation.corpora import write_corpus
 from megarlhf.runs import records as run_records
 from megarlhf.runs.records import Records
 

@@ -1,8 +1,8 @@
 """The smallest recipe in which every key has something to act on: each training stage is one optimizer step."""
 
-from megarlhf.data.pretraining import write_corpus
 from megarlhf.data.tokenizer_training import train_sentencepiece
 from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.preparation.corpora import write_corpus
 from tests.distributed.recipe import make_data, write_lines
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 40, "init_std": 0.3}
