@@ -58,6 +58,12 @@ class Engine:
         """Canonical name -> this rank's shard."""
         return named_parameters(self.transformers, self.groups)
 
+    def turn(self, *, training: bool) -> None:
+        """Have dropout or not; to tell every module takes time, and is done where it changes something."""
+        for transformer in self.transformers:
+            if transformer.training != training:
+                transformer.train(training)
+
     def shares(self, batch: Rows, *, minibatches: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
         """For each copy the micro-batches in which it computes `batch`, as row numbers: see `micro_batch_rows`."""
         how = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
@@ -95,8 +101,7 @@ class Engine:
         minibatches: Sequence[Tensor] | None = None,
     ) -> Tensor:
         self.offload.need("weights")
-        for chunk in self.chunks:
-            chunk.eval()
+        self.turn(training=False)
         shares = self.shares(batch, minibatches=minibatches)
         mine = padded_share(shares[self.groups.coordinates.dp], self.groups)
         pieces = [batch.rows(index) for index in mine]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +114,14 @@ class Optimizer:
             if isinstance(self.adam, torch.optim.AdamW):
                 group["fused"] = True
         held = shards_held(spec.architecture, spec.head, groups.layout, groups.coordinates)
-        self._in_norm = {
+        in_norm = {
             parameter: flat_ranges_counted(held[name], spec.architecture, spec.head, groups.layout, groups.coordinates)
             for name, parameter in named_parameters(transformers, groups).items()
         }
-        """What this rank brings into the gradient norm of each flattened parameter, so that each element counts once over the ranks
-        of a copy."""
+        self._shards = tuple(self._of_megatron())
+        self._in_norm = [(shard.main, *part) for shard in self._shards for part in _within(shard, in_norm[shard.parameter])]
+        """What this rank brings into the gradient norm, as (master weights, first, last) of their flat gradient, so that each element
+        counts once over the ranks of a copy."""
 
     @property
     def adam(self) -> torch.optim.Optimizer:
@@ -193,20 +195,16 @@ class Optimizer:
 
     def _square_of_grad_norm(self) -> Tensor:
         """[1] float64 on the device, the same on all ranks."""
-        grads = [grad for shard in self.shards() for grad in self._counted(shard)]
+        grads = [main.grad.view(-1)[first:last] for main, first, last in self._in_norm]
         norms = torch._foreach_norm(grads) if grads else []
         square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
         return sum_over_world(square.reshape(1).to(self.groups.device), self.groups)
 
-    def _counted(self, shard: MasterShard) -> Iterator[Tensor]:
-        """The parts of a shard's gradient that this rank brings into the norm."""
-        for start, stop in self._in_norm[shard.parameter]:
-            first, last = max(start - shard.start, 0), min(stop - shard.start, shard.main.numel())
-            if first < last:
-                yield shard.main.grad.view(-1)[first:last]
-
     def shards(self) -> Iterator[MasterShard]:
         """Every shard that this rank updates."""
+        return iter(self._shards)
+
+    def _of_megatron(self) -> Iterator[MasterShard]:
         m = self.megatron
         pairs = [(m.model_float16_groups, m.shard_fp32_from_float16_groups), (m.model_fp32_groups, m.shard_fp32_groups)]
         for parameter_groups, main_groups in pairs:
@@ -259,6 +257,14 @@ class Optimizer:
         self.megatron.reload_model_params()
 
 
+def _within(shard: MasterShard, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts of `ranges` of the flattened parameter that lie in a shard, counted from its first element."""
+    for start, stop in ranges:
+        first, last = max(start - shard.start, 0), min(stop - shard.start, shard.main.numel())
+        if first < last:
+            yield first, last
+
+
 def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection, *, overlap: bool) -> list[DistributedDataParallel]:
     """The chunks in megatron's data-parallel wrappers."""
     alone = collection.dp_cp.size() == 1
@@ -274,6 +280,9 @@ def _wrapped(transformers: list[Transformer], collection: ProcessGroupCollection
     chunks = [wrapper(t.config, ddp, t, pg_collection=collection) for t in transformers]
     for chunk in chunks:
         _hook_weakly(chunk)
+        for parameter in chunk.parameters():
+            # where exchanges overlap, a gradient of its own is the sign that it may be sent
+            parameter.gradient_is_collected = not overlap and parameter.dtype == parameter.main_grad.dtype
     if overlap:
         # Without it every micro-batch but the first step's would count as the one after which gradients may be sent.
         no_sync = [chunk.no_sync for chunk in chunks]

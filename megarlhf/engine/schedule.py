@@ -34,7 +34,7 @@ it). The hidden states are those of the wanted tokens [n, 1, h], or under sequen
 def sum_gradients(chunks: list, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
     """megatron's finalize_model_grads without its division by tokens, and the sum over the ranks that hold one key-value head."""
     finalize_model_grads(chunks, None, *args, **kwargs)
-    for transformer in (chunk.module for chunk in chunks):
+    for transformer in (chunk.module for chunk in chunks if chunk.module.shares_heads):
         tp = transformer.pg_collection.tp
         for parameter in transformer.parameters():
             dim = parameter.shard.spec.split_dim

@@ -132,8 +132,7 @@ class TrainEngine(Engine):
         """
         if self.spec.dropout:
             seed_dropout(self.groups, self.seed, self.steps)
-        for chunk in self.chunks:
-            chunk.train()
+        self.turn(training=True)
         pieces = [piece for term in terms for piece in self._pieces(term)]
         wanted = [_wanted(piece) for piece in pieces]
         totals = {term.name: torch.zeros(1 + 2 * len(term.loss.stats), device=self.groups.device) for term in terms}

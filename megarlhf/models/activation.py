@@ -10,12 +10,13 @@ from torch import Tensor
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
+EXPONENT = SLOPE / math.log(2)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 (Hendrycks and Gimpel 2016), which is x sigmoid(2 sqrt(2 / pi) (x + ...)).
 
-    torch's kernel takes most of its time for tanh on a CPU; its sigmoid takes a quarter of that. Of float32 on the CPU the second form is
+    torch's kernel takes most of its time for tanh on a CPU; a power of two takes a sixth of that. Of float32 on the CPU the second form is
     computed, in a few passes over memory that stays in the caches; elsewhere torch's kernel, which is one pass.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -23,24 +24,26 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return _GeluTanh.apply(x)
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """sigmoid(u) with u = SLOPE (x + CUBIC x^3)."""
-    return torch.mul(x, x).mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).sigmoid_()
-
-
 class _GeluTanh(torch.autograd.Function):
-    """Keeps x, as torch's does."""
+    """Keeps the derivative in place of x: a pass over memory is then all that is left for the backward pass."""
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _sigmoid(x).mul_(x)
+        """x s with s = 1 / (1 + 2^-EXPONENT (x + CUBIC x^3)), and d/dx x s = s + x s (1 - s) SLOPE (1 + 3 CUBIC x^2)."""
+        one_and_power = _plus_square(-EXPONENT, x, -EXPONENT * CUBIC).mul_(x).exp2_().add_(1)
+        out = x / one_and_power
+        if ctx.needs_input_grad[0]:
+            s = one_and_power.reciprocal_()
+            slope = _plus_square(SLOPE, x, 3 * SLOPE * CUBIC).mul_(out)
+            slope.addcmul_(slope, s, value=-1)  # times 1 - s
+            ctx.save_for_backward(slope.add_(s))
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        """d/dx x s(u(x)) = s + x s (1 - s) u', with x u' = SLOPE (x + 3 CUBIC x^3)."""
-        (x,) = ctx.saved_tensors
-        s = _sigmoid(x)
-        slope = torch.mul(x, x).mul_(3 * SLOPE * CUBIC).add_(SLOPE).mul_(x)
-        slope.addcmul_(slope, s, value=-1)  # times 1 - s
-        return slope.add_(1).mul_(s).mul_(grad)
+        return grad * ctx.saved_tensors[0]
+
+
+def _plus_square(constant: float, x: Tensor, factor: float) -> Tensor:
+    """constant + factor x^2, in one pass."""
+    return torch.addcmul(x.new_tensor(constant), x, x, value=factor)

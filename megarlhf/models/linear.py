@@ -18,7 +18,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """input_ [seq (/ tp), batch, in] -> [seq, batch, out / tp]."""
         if self.tp_group.size() == 1:
-            return F.linear(input_, self.weight, self.bias), None
+            return linear(input_, self.weight, self.bias), None
         return super().forward(input_, *args, **kwargs)
 
 
@@ -28,8 +28,34 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input_ [seq, batch, in / tp] -> [seq (/ tp), batch, out]."""
         if self.tp_group.size() == 1:
-            return F.linear(input_, self.weight, self.bias), None
+            return linear(input_, self.weight, self.bias), None
         return super().forward(input_)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] weight^T [out, in] + bias [out]: [..., out]. Where the optimizer allows it (`gradient_is_collected`), the weight's
+    gradient is added to `weight.main_grad` by the product that makes it, and autograd sees none.
+    """
+    if getattr(weight, "gradient_is_collected", False) and torch.is_grad_enabled():
+        return _Collecting.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _Collecting(torch.autograd.Function):
+    """A gradient of its own would be written, read and added for every micro-batch: three passes over as much memory as all weights."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        torch.addmm(weight.main_grad, rows.t(), x.flatten(0, -2), out=weight.main_grad)
+        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:

@@ -58,6 +58,9 @@ class Transformer(GPTModel):
     last layer goes on with these alone, unless sequence parallelism has them on several ranks.
     """
 
+    shares_heads: bool
+    """Whether several ranks hold the same key-value heads of it."""
+
     def wanting(self, wanted: Tensor) -> dict[str, object]:
         """What the chunk's forward is given beside tokens, positions and lengths, so that it ends with the `wanted` tokens' [n, 1, h]."""
         return {"extra_block_kwargs": {"context_mask": wanted}} if self.ends_with_wanted else {}
@@ -157,7 +160,9 @@ def build_model(spec: ModelSpec, groups: ModelGroups) -> list[Transformer]:
         chunks.append(chunk)
     held = shards_held(a, spec.head, layout, place)
     for name, parameter in named_parameters(chunks, groups).items():
-        parameter.shard = held[name]  # the gradients of slices that several ranks hold are summed over them
+        parameter.shard = held[name]
+    for chunk in chunks:  # the gradients of slices that several ranks hold are summed over them
+        chunk.shares_heads = any(p.shard.copies > 1 and p.shard.spec.split_dim is not None for p in chunk.parameters())
     return chunks
 
 

@@ -19,7 +19,7 @@ def sum_over_copies(values: Tensor, groups: ModelGroups) -> Tensor:
     Args: values [n], zeros on ranks that are not on the last stage.
     """
     total = values.clone()
-    dist.all_reduce(total, group=groups.outputs)
+    _add_up(total, groups.outputs)
     return total
 
 
@@ -35,7 +35,7 @@ def gather_rows(rows: Tensor, index: Tensor, num_rows: int, groups: ModelGroups)
     """
     whole = torch.zeros(num_rows, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     whole[index] = rows
-    dist.all_reduce(whole, group=groups.outputs)
+    _add_up(whole, groups.outputs)
     return whole
 
 
@@ -106,7 +106,7 @@ def gather_on_rank_0(value: object, world: World) -> list:
 def sum_over_world(values: Tensor, groups: ModelGroups) -> Tensor:
     """Sum of `values` [n] over every rank."""
     total = values.clone()
-    dist.all_reduce(total, group=groups.world)
+    _add_up(total, groups.world)
     return total
 
 
@@ -121,3 +121,9 @@ def sum_over_holders(tensor: Tensor, copies: int, tp: dist.ProcessGroup) -> None
     mine.copy_(tensor)
     dist.all_reduce(places, group=tp)
     tensor.copy_(mine)
+
+
+def _add_up(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """In place; a rank by itself wakes no thread for it."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
