@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlhf.generation.ragged_attention import RaggedAttention
+from megarlhf.generation.ragged_attention import RaggedAttention, has_sparse_products
 from megarlhf.generation.schedule import Pass
 from megarlhf.models.attention import has_varlen_kernel
 
@@ -32,7 +32,7 @@ class SlotCache:
         self.slots, self.capacity, self.device, self.dtype = slots, capacity, device, dtype
         self.reads_by_mask = not has_varlen_kernel(device, dtype, head_size)
         """Whether `begin_decoding` sets up a mask; else torch's varlen kernel reads of each slot what its row has."""
-        self.reads_lines = self.reads_by_mask and device.type == "cpu" and dtype == torch.float32
+        self.reads_lines = self.reads_by_mask and has_sparse_products(device, dtype)
         """Whether `begin` sets up a `RaggedAttention`; else rows are read as far as the longest of them, with a mask."""
         # zeros: what a mask leaves out is multiplied by 0, which must not be NaN
         shape = (2, slots, kv_heads, capacity, head_size) if self.reads_by_mask else (2, slots, capacity, kv_heads, head_size)

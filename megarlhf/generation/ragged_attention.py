@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 
+def has_sparse_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `RaggedAttention` is for these: its kernels are a CPU's, and in 16 bits they would add up in 16."""
+    return device.type == "cpu" and dtype == torch.float32
+
+
 class RaggedAttention:
     """Which keys and values the rows of one step see; the same for all layers."""
 

@@ -284,6 +284,8 @@ class Meter(TorchDispatchMode):
         cost.other_bytes += work.other_bytes
 
     def _track(self, tensor: Tensor) -> None:
+        if tensor.layout == torch.sparse_csr:
+            return  # it has no memory but that of its parts, which are tensors themselves
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:

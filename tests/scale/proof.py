@@ -5,7 +5,8 @@
 PPO-ptx of the tests' recipe, with a policy of eight layers: interleaved stages, sequence parallelism, selective recomputation, the
 distributed optimizer, everything that may rest on the host at rest, four models in four layouts, weights resharded for generation.
 Compared are every metric of every step and every sampled response with a run on one rank in float32; each rank's bytes of weights,
-gradients, master weights, moments and average after training with the plan's; and its peak in every phase of the longest rows.
+gradients, master weights, moments and average after training with the plan's; and its peak in every phase of the longest rows, in
+which ranks exchange, attend and activate as on GPUs: a plan knows no CPU's own ways.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+from megarlhf.generation import cache
+from megarlhf.models import activation
 from megarlhf.models.transformer import initialize
 from megarlhf.parallel.groups import World
 from megarlhf.planning.dry_run import RankRun, Recorder
@@ -108,11 +113,21 @@ def trained_and_planned(yaml: Path, overrides: Sequence[str], models: RunModels)
     return held, sum(engine.offload.host_bytes for engine in engines.values()), run_for_real(models)
 
 
+def gelu_in_one_pass(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 def run_for_real(models: RunModels) -> RankRun:
     """A plan's step on this rank of a world that exists, under the plan's meter."""
     world = World.connect()
-    messages = mock.patch.object(NearMemory, "_sees", return_value=False)  # as between GPUs; what is read from memory takes no buckets
-    with Meter(world.device) as meter, _initial_weights(), messages:
+    as_on_gpus = (
+        mock.patch.object(NearMemory, "_sees", return_value=False),  # messages: what is read from memory takes no buckets
+        mock.patch.object(cache, "has_sparse_products", return_value=False),  # a mask where a CPU's attention has tensors of indices
+        mock.patch.object(activation._GeluTanh, "apply", gelu_in_one_pass),  # a CPU's passes have tensors between them
+    )
+    with Meter(world.device) as meter, _initial_weights(), contextlib.ExitStack() as patches:
+        for patch in as_on_gpus:
+            patches.enter_context(patch)
         recorder = Recorder(world, meter, gpus_per_node=max(1, models.num_ranks // 2))
         STAGES[models.config.stage](models, world, recorder)
     return recorder.run
