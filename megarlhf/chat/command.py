@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from megarlhf.config.sections import Precision
 from megarlhf.endings import ended
 
 SUMMARY = "Talk to a model in a terminal: a run, one of its checkpoints, or a converted model."
@@ -38,5 +40,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="sample among the smallest set with this probability")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default: 512)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed and lines give the same answers")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and arithmetic (default: fp32)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of weights and arithmetic (default: fp32)")
     return parser

@@ -28,6 +28,7 @@ from megarlhf.config.rules import (
     Tokens,
 )
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Ranks = Annotated[int, Range(1, 2**16, why="there are not that many ranks")]
 
 
@@ -125,7 +126,7 @@ class ModelConfig:
     """A model with fresh weights, where `load` is not given; only for models that are trained."""
     parallel: ParallelConfig | None = None
     """This model's layout; None: the run's `parallel`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Weights and activations; a trained model keeps float32 master weights (the paper: fp16)."""
     micro_batch_size: Rows = 8
     """Most rows of one forward pass; they pass one after the other, without padding."""

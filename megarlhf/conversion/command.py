@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from megarlhf.config.sections import Precision
 from megarlhf.endings import ended
 
 SUMMARY = "Convert a Hugging Face folder or a Megatron-LM checkpoint to one of ours, or a model of a run to a Hugging Face folder."
@@ -37,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="keep so many of the Hugging Face model's first layers, for a smaller reward model")
     parser.add_argument("--model", help="which model of a checkpoint: policy, value, ...")
     parser.add_argument("--weights", choices=("average", "newest"), help="by default the moving average where there is one")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="by default what the checkpoint holds: float32 after training")
+    parser.add_argument("--dtype", choices=get_args(Precision), help="by default what the checkpoint holds: float32 after training")
     parser.add_argument("--family", help="model_type of the config.json, where several can describe the model")
     tokenizer = "the tokenizer of a Megatron-LM checkpoint; of ours, where it is not where the run had it"
     parser.add_argument("--tokenizer", type=Path, help=tokenizer)

@@ -15,10 +15,10 @@ from megarlhf.conversion.new_folder import GIB
 from megarlhf.conversion.to_hf import Exported, to_hf
 from megarlhf.conversion.torch_dist import checkpoint_folder
 from megarlhf.conversion.verification import check_verifiable, verify
+from megarlhf.models.transformer import DTYPES
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import STATE_FILE, Saved, read_saved
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTWARD = ("model", "weights", "dtype", "family", "tokenizer")
 """Options that mean something on the way out only."""
 INWARD = ("eos_token", "layers")

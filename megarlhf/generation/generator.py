@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,27 +28,6 @@ STEPS_BETWEEN_LOOKS = 8
 """Steps after which the host looks for rows that have ended, where looking makes a device wait; on a CPU it is each step."""
 STEPS_BETWEEN_LEVELLINGS = 32
 """Steps after which copies of a model, while rows wait for slots, tell each other how many they have and share out those that wait."""
-
-
-class RolloutSource(Protocol):
-    """Whatever answers prompts; nothing assumes that rows start and end together."""
-
-    def generate(
-        self,
-        prompts: Prompts,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        iteration: int,
-        max_batch_size: int | None,
-        kv_cache_bytes: int | None,
-        cuda_graphs: bool,
-    ) -> Rollouts:
-        """One response to each prompt, the same on every rank."""
-        ...
 
 
 class Generator:

@@ -284,7 +284,7 @@ class Meter(TorchDispatchMode):
         cost.other_bytes += work.other_bytes
 
     def _track(self, tensor: Tensor) -> None:
-        if tensor.layout == torch.sparse_csr:
+        if tensor.layout != torch.strided:
             return  # it has no memory but that of its parts, which are tensors themselves
         storage = tensor.untyped_storage()
         key = storage._cdata
