@@ -29,6 +29,7 @@ from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
 from megarlhf.runs.environment import ENVIRONMENT_FILE, environment
+from megarlhf.runs.interruption import Interruption
 from megarlhf.runs.lock import LOCK_FILE, FolderLock
 from megarlhf.runs.resume import config_changes
 from megarlhf.runs.saving import Saving
@@ -45,11 +46,19 @@ class Run:
     """One stage's folder. Only rank 0 writes beside checkpoints; opening, saving and resuming are collectives of the whole world."""
 
     def __init__(
-        self, config: StageConfig, world: World, *, fresh: bool = False, callbacks: Sequence[Callable[[int, dict], None]] = ()
+        self,
+        config: StageConfig,
+        world: World,
+        *,
+        fresh: bool = False,
+        callbacks: Sequence[Callable[[int, dict], None]] = (),
+        asked: Interruption | None = None,
     ) -> None:
         """Look at the folder, find the checkpoint to go on from, and write nothing yet.
 
-        Args: callbacks: called with each step that is logged and its metrics, on every rank.
+        Args:
+            callbacks: called with each step that is logged and its metrics, on every rank.
+            asked: where the process listens for signals that ask it to stop before, between and after the steps of runs.
         ConfigError when it belongs to another stage, is in use, with `fresh` when it holds anything, when its newest checkpoint is
         damaged, and when the configuration changes what a run must keep.
         """
@@ -64,6 +73,7 @@ class Run:
         """Of the data and the tokenizer: what a resume must find again."""
         self.sources: dict[str, dict] = {}
         """Role -> where a model's weights came from, see runs/models.py."""
+        self.asked = asked
         self._whole = config
         self._callbacks = callbacks
         self._sinks: list[Sink] = []

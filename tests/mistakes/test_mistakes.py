@@ -120,6 +120,16 @@ def test_command_lines(refused, line, sentence):
     refused(line.split(), sentence)
 
 
+@pytest.mark.parametrize(("content", "sentence"), named(cases.RECIPES))
+def test_recipes(refused, places, tmp_path, content, sentence):
+    named = (("base", "pretrain"), ("sft", "sft"))
+    stages = {name: f"{stage} --config {{recipe}}/{name}.yaml run.dir={{tmp}}/{name}" for name, stage in named}
+    file = tmp_path / "recipe.txt"
+    file.write_bytes(content if isinstance(content, bytes) else filled(filled(content, **stages), **places).encode())
+    refused(["recipe", str(file)], sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.txt"]
+
+
 @pytest.mark.parametrize(("environment", "sentence"), named(cases.ENVIRONMENTS))
 def test_environments(refused, monkeypatch, environment, sentence):
     for name, value in environment.items():

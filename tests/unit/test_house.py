@@ -29,6 +29,7 @@ ROOMS = (
     ("trainers", "conversion", "preparation"),
     ("planning", "doctor", "report", "chat"),
     ("failures", "api"),
+    ("recipes",),
     ("cli",),
     ("__main__",),
 )
