@@ -7,11 +7,14 @@ several ranks meet first, so that one of them says it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import operator
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megarlhf import __version__
@@ -22,6 +25,7 @@ from megarlhf.config.stage import StageConfig
 from megarlhf.parallel.launch import Place, place_in_run
 from megarlhf.recipes.file import Line, read_recipe
 from megarlhf.recipes.series import Command, Series
+from megarlhf.runs.lock import not_fresh
 
 DESCRIPTION = "Train language models to follow instructions with human feedback (Ouyang et al. 2022)."
 DEFAULT_TIMEOUT_MINUTES = 30.0
@@ -109,26 +113,35 @@ def _commands_of(file: str, place: Place) -> tuple[list[Command], str | None]:
         lines = read_recipe(file)
     except ConfigError as error:
         return [], str(error)
-    wrong: dict[str, str] = {}
-    commands, makers = [], {}
+    wrong: dict[int, str] = {}
+    commands, folders = {}, {}
     for line in lines:
-        at = f"{file}:{line.number}"
         config, fresh, problem = _checked_line(line)
+        folder = config.run.dir if config is not None else next((word[8:] for word in line.words if word.startswith("run.dir=")), None)
+        if folder is not None and (maker := _line_of(folder, folders)) is not None:
+            problem = problem or f"run.dir {folder} is that of {file}:{maker} too; give each run its own"
         if config is not None:
-            commands.append(Command(config, fresh, at))
-            if (maker := makers.setdefault(os.path.abspath(config.run.dir), at)) != at:
-                problem = f"run.dir {config.run.dir} is that of {maker} too; give each run its own"
+            commands[line.number] = Command(config, fresh, f"{file}:{line.number}")
+        folders[line.number] = folder
         if problem is not None:
-            wrong[at] = problem
-    folders = [command.config.run.dir for command in commands]
-    for number, command in enumerate(commands):
-        problems = problems_of(command.config, place, to_come=folders[:number])
-        others = set(problems_of(command.config, place, to_come=folders[:number] + folders[number + 1 :]))
-        problems = [problem if problem in others else f"{problem}; a line below makes it: let that come first" for problem in problems]
-        if problems and command.at not in wrong:
-            wrong[command.at] = _not_there(problems)
-    said = [f"{at}: {problem}" for at in (f"{file}:{line.number}" for line in lines) if (problem := wrong.get(at))]
-    return commands, "\n".join(["nothing was started:", *said]) if said else None
+            wrong[line.number] = problem
+    for number, command in commands.items():
+        above, others = ([folder for at, folder in folders.items() if folder and test(at, number)] for test in (operator.lt, operator.ne))
+        in_any_order = set(problems_of(command.config, place, to_come=others))
+        problems = problems_of(command.config, place, to_come=above)
+        problems = [text if text in in_any_order else f"{text}; a line below makes it: let that come first" for text in problems]
+        if command.fresh and place.rank == 0:
+            with contextlib.suppress(OSError):  # which the run itself says
+                problems += filter(None, [not_fresh(Path(command.config.run.dir))])
+        if problems:
+            wrong.setdefault(number, _not_there(problems))
+    said = [f"{file}:{number}: {wrong[number]}" for number in sorted(wrong)]
+    return list(commands.values()), "\n".join(["nothing was started:", *said]) if said else None
+
+
+def _line_of(folder: str, folders: Mapping[int, str | None]) -> int | None:
+    """The line whose run has this folder."""
+    return next((number for number, other in folders.items() if other and os.path.abspath(other) == os.path.abspath(folder)), None)
 
 
 def _checked_line(line: Line) -> tuple[StageConfig | None, bool, str | None]:

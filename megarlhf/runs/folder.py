@@ -30,7 +30,7 @@ from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
 from megarlhf.runs.environment import ENVIRONMENT_FILE, environment
 from megarlhf.runs.interruption import Interruption
-from megarlhf.runs.lock import LOCK_FILE, FolderLock
+from megarlhf.runs.lock import FolderLock, not_fresh
 from megarlhf.runs.resume import config_changes
 from megarlhf.runs.saving import Saving
 from megarlhf.storage.checkpoints import Saved
@@ -211,10 +211,8 @@ class Run:
     def _look(self, fresh: bool) -> tuple[str, list[Saved], list[str]]:
         """(id of the run, its checkpoints from the newest back, what is to be said of the folder)."""
         with _naming_run_dir():
-            if fresh and self.dir.is_dir() and any(path.name != LOCK_FILE for path in self.dir.iterdir()):
-                raise ConfigError(
-                    f"--fresh: {self.dir} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
-                )
+            if fresh and (problem := not_fresh(self.dir)):
+                raise ConfigError(problem)
             if self.dir.is_dir():
                 self._lock = FolderLock(self.dir)
             known = read_json(self.dir / RUN_FILE) if (self.dir / RUN_FILE).exists() else {"stage": self.stage, "id": uuid.uuid4().hex}

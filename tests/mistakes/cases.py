@@ -390,6 +390,8 @@ RECIPES = [
     ("sft run.dir={tmp}/x", "recipe.txt:1: sft: --config is missing: give it the run's YAML file"),
     ("ppo --help-config", "recipe.txt:1: ppo: --help-config runs nothing"),
     ("{base} --frsh", "recipe.txt:1: pretrain: unknown option --frsh; did you mean --fresh?"),
+    ("{sft} model.load={recipe}/runs/base\npretrain --config {recipe}/base.yaml --fresh", "recipe.txt:2: --fresh: {recipe}/runs/base is not empty; remove it"),
+    ("{base} steps=0\n{sft} model.load={tmp}/base", "recipe.txt:1: pretrain: the configuration is not valid: command line: steps must be"),
     ("{base} steps", "recipe.txt:1: pretrain: the configuration is not valid: command line: 'steps' is not of the form section.key=value"),
     ("{base} \\\n  steps=0\n\n{sft} epochs=0", "recipe.txt:1: pretrain: the configuration is not valid: command line: steps must be at least 1, got 0 "),
     ("{base} \\\n  steps=0\n\n{sft} epochs=0", "recipe.txt:4: sft: the configuration is not valid: command line: epochs must be at least 1, got 0"),
