@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, TrainedModelConfig
+from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, SamplingConfig, TrainedModelConfig
+from megarlhf.data.tokenized import Row
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import load_weights, missing_from, saved_architecture
 from megarlhf.engine.engine import Engine
@@ -15,9 +16,11 @@ from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.trainable import TrainEngine
+from megarlhf.generation.cache import bytes_per_slot
+from megarlhf.generation.schedule import slots_within
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
-from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
+from megarlhf.models.transformer import DTYPES, ModelSpec, initialize, layout_violations
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
@@ -151,6 +154,23 @@ class ModelPlanner:
         self.plans.append(plan)
         self.notes.append(str(plan))
         return plan
+
+    def sample(
+        self, key: str, sampling: SamplingConfig, plan: ModelPlan | None, rows: Sequence[Row], *, layout: ParallelLayout | None = None
+    ) -> None:
+        """The section `key` says how responses to the prompts of `rows` will be sampled, in the plan's own layout or in `layout`."""
+        device = self.world.device.type
+        if sampling.cuda_graphs and device != "cuda":
+            self.violations.append(f"{key}.cuda_graphs: this process runs on a {device.upper()}, which has no CUDA graphs")
+        if plan is None or not rows:
+            return
+        longest = max(len(row.prompt_ids) for row in rows) + sampling.max_new_tokens
+        capacity = min(longest, plan.architecture.max_seq_len)
+        of_one = bytes_per_slot(plan.architecture, layout or plan.layout, DTYPES[plan.config.precision], capacity)
+        try:
+            slots_within(sampling.kv_cache_bytes, of_one, wanted=1, capacity=capacity)
+        except ValueError as error:
+            self.violations.append(f"{key}.{error}")
 
     def _belongs_to(self, saved: Saved | None, architecture: Architecture) -> bool:
         """Whether a checkpoint was written with this very tokenizer and has room for it: many released models have ids to spare."""
