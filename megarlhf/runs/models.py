@@ -75,6 +75,16 @@ class ModelPlan:
         place, trained = self.layout.coordinates(rank), isinstance(self.config, TrainedModelConfig)
         return bytes_kept(self.architecture, self.head, self.layout, place, precision=self.config.precision, trained=trained)
 
+    def cache_problems(self, key: str, sampling: SamplingConfig, prompt_len: int, *, layout: ParallelLayout | None = None) -> list[str]:
+        """What is wrong where the section `key` allows a cache too small for one prompt of `prompt_len` tokens; `layout`: None, its own."""
+        capacity = min(prompt_len + sampling.max_new_tokens, self.architecture.max_seq_len)
+        of_one = bytes_per_slot(self.architecture, layout or self.layout, DTYPES[self.config.precision], capacity)
+        try:
+            slots_within(sampling.kv_cache_bytes, of_one, wanted=1, capacity=capacity)
+        except ValueError as error:
+            return [f"{key}.{error}"]
+        return []
+
     def frozen(self, world: World) -> FrozenEngine:
         """The model for forward passes, its weights unset."""
         c = self.config
@@ -162,15 +172,8 @@ class ModelPlanner:
         device = self.world.device.type
         if sampling.cuda_graphs and device != "cuda":
             self.violations.append(f"{key}.cuda_graphs: this process runs on a {device.upper()}, which has no CUDA graphs")
-        if plan is None or not rows:
-            return
-        longest = max(len(row.prompt_ids) for row in rows) + sampling.max_new_tokens
-        capacity = min(longest, plan.architecture.max_seq_len)
-        of_one = bytes_per_slot(plan.architecture, layout or plan.layout, DTYPES[plan.config.precision], capacity)
-        try:
-            slots_within(sampling.kv_cache_bytes, of_one, wanted=1, capacity=capacity)
-        except ValueError as error:
-            self.violations.append(f"{key}.{error}")
+        if plan is not None and rows:
+            self.violations += plan.cache_problems(key, sampling, max(len(row.prompt_ids) for row in rows), layout=layout)
 
     def _belongs_to(self, saved: Saved | None, architecture: Architecture) -> bool:
         """Whether a checkpoint was written with this very tokenizer and has room for it: many released models have ids to spare."""
