@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
@@ -81,13 +80,6 @@ class ResponseJudge:
             logprobs, ref_logprobs = (m.logprobs(rollouts, mask, temperature=temperature) for m in (self.policy, self.reference))
             kl = (logprobs - ref_logprobs).sum(dim=1)
         return Judged(rollouts, scores, kl)
-
-
-def sampling_problems(key: str, sampling: SamplingConfig, device: torch.device) -> list[str]:
-    """What of the section `key` this process's device cannot do."""
-    if not sampling.cuda_graphs or device.type == "cuda":
-        return []
-    return [f"{key}.cuda_graphs: this process runs on a {device.type.upper()}, which has no CUDA graphs"]
 
 
 def generator_of(engine: Engine, tokenizer: Tokenizer, *, stop_ids: Sequence[int] = ()) -> Generator:

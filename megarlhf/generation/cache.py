@@ -10,7 +10,17 @@ from torch import Tensor
 
 from megarlhf.generation.ragged_attention import RaggedAttention, has_sparse_products
 from megarlhf.generation.schedule import Pass
+from megarlhf.models.architecture import Architecture
 from megarlhf.models.attention import has_varlen_kernel
+from megarlhf.models.parameters import kv_heads_per_rank
+from megarlhf.parallel.layout import ParallelLayout
+
+
+def bytes_per_slot(architecture: Architecture, layout: ParallelLayout, dtype: torch.dtype, capacity: int) -> int:
+    """Bytes of the keys and values of one row of `capacity` tokens, on the rank that holds most layers."""
+    a = architecture
+    layers = max(sum(map(len, layout.chunks(a.num_layers, stage))) for stage in range(layout.pp))
+    return 2 * layers * kv_heads_per_rank(a, layout.tp) * a.head_size * capacity * dtype.itemsize
 
 
 class SlotCache:

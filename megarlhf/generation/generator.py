@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollouts
-from megarlhf.generation.cache import SlotCache
+from megarlhf.generation.cache import SlotCache, bytes_per_slot
 from megarlhf.generation.in_flight import Answers, Listener, PassInFlight, RowsInFlight
 from megarlhf.generation.repeated_steps import Capture, Choose, CudaGraphs, RepeatedSteps
 from megarlhf.generation.sampling import Sampling, sample_tokens
@@ -108,10 +108,8 @@ class Generator:
         return self._rollouts(prompts, sorted(answers.tokens), answers, max(most_new))
 
     def bytes_per_slot(self, capacity: int) -> int:
-        """Bytes of the keys and values of one row of `capacity` tokens, on the rank that holds most layers."""
-        a, layout = self.architecture, self.groups.layout
-        layers = max(sum(map(len, layout.chunks(a.num_layers, stage))) for stage in range(layout.pp))
-        return 2 * layers * kv_heads_per_rank(a, layout.tp) * a.head_size * capacity * self._dtype.itemsize
+        """Bytes that a row of `capacity` tokens takes of kv_cache_bytes."""
+        return bytes_per_slot(self.architecture, self.groups.layout, self._dtype, capacity)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -88,6 +88,11 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
                 generation = nearest_layout(policy.architecture, "lm", policy.layout, generation)
             except ValueError as error:
                 problems.append(f"generation: {error}")
+        problems += plans["policy"].cache_problems(
+            "generation.sampling", config.generation.sampling, config.limits.max_prompt_len, layout=generation
+        )
+    if config.stage == "sft" and config.reward is not None and "model" in plans:
+        problems += plans["model"].cache_problems("sampling", config.sampling, config.limits.max_prompt_len)
     if problems:
         raise ConfigError("\n".join(problems))
     return RunModels(config, plans, generation, num_ranks, tuple(dict.fromkeys(notes)), tuple(shrunk))

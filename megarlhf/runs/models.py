@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, TrainedModelConfig
+from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, SamplingConfig, TrainedModelConfig
+from megarlhf.data.tokenized import Row
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import load_weights, missing_from, saved_architecture
 from megarlhf.engine.engine import Engine
@@ -15,9 +16,11 @@ from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.offload import Kind
 from megarlhf.engine.optimizer import AdamSettings
 from megarlhf.engine.trainable import TrainEngine
+from megarlhf.generation.cache import bytes_per_slot
+from megarlhf.generation.schedule import slots_within
 from megarlhf.models.architecture import Architecture, make_architecture
 from megarlhf.models.parameters import Head
-from megarlhf.models.transformer import ModelSpec, initialize, layout_violations
+from megarlhf.models.transformer import DTYPES, ModelSpec, initialize, layout_violations
 from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
@@ -71,6 +74,16 @@ class ModelPlan:
         """Kind -> bytes that `rank` keeps of it between steps, without the average."""
         place, trained = self.layout.coordinates(rank), isinstance(self.config, TrainedModelConfig)
         return bytes_kept(self.architecture, self.head, self.layout, place, precision=self.config.precision, trained=trained)
+
+    def cache_problems(self, key: str, sampling: SamplingConfig, prompt_len: int, *, layout: ParallelLayout | None = None) -> list[str]:
+        """What is wrong where the section `key` allows a cache too small for one prompt of `prompt_len` tokens; `layout`: None, its own."""
+        capacity = min(prompt_len + sampling.max_new_tokens, self.architecture.max_seq_len)
+        of_one = bytes_per_slot(self.architecture, layout or self.layout, DTYPES[self.config.precision], capacity)
+        try:
+            slots_within(sampling.kv_cache_bytes, of_one, wanted=1, capacity=capacity)
+        except ValueError as error:
+            return [f"{key}.{error}"]
+        return []
 
     def frozen(self, world: World) -> FrozenEngine:
         """The model for forward passes, its weights unset."""
@@ -151,6 +164,16 @@ class ModelPlanner:
         self.plans.append(plan)
         self.notes.append(str(plan))
         return plan
+
+    def sample(
+        self, key: str, sampling: SamplingConfig, plan: ModelPlan | None, rows: Sequence[Row], *, layout: ParallelLayout | None = None
+    ) -> None:
+        """The section `key` says how responses to the prompts of `rows` will be sampled, in the plan's own layout or in `layout`."""
+        device = self.world.device.type
+        if sampling.cuda_graphs and device != "cuda":
+            self.violations.append(f"{key}.cuda_graphs: this process runs on a {device.upper()}, which has no CUDA graphs")
+        if plan is not None and rows:
+            self.violations += plan.cache_problems(key, sampling, max(len(row.prompt_ids) for row in rows), layout=layout)
 
     def _belongs_to(self, saved: Saved | None, architecture: Architecture) -> bool:
         """Whether a checkpoint was written with this very tokenizer and has room for it: many released models have ids to spare."""

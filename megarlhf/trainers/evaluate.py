@@ -15,7 +15,7 @@ from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.evaluation.intervals import interval_metrics
 from megarlhf.evaluation.rankings import accuracy_by_group, accuracy_by_prompt, ranking_metrics, ranking_records
-from megarlhf.evaluation.responses import Judged, ResponseJudge, generator_of, response_lines, sampling_problems
+from megarlhf.evaluation.responses import Judged, ResponseJudge, generator_of, response_lines
 from megarlhf.evaluation.tasks import answer_results, choice_results, newline_ids, task_metrics
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers
@@ -76,7 +76,6 @@ class Evaluation:
         self.data = _Data.read(config, records, self.tokenizer)
         self.inputs = inputs_of(config, records.fingerprints, self.data.prompts)
         problems = records.agree(run.world) + (answers_to_other_input(run, self.inputs) if config.prompts else [])
-        problems += sampling_problems("sampling", config.sampling, run.world.device)
 
         planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
         heads, lengths = planner.saved_heads(config.model), row_lengths(config)
@@ -84,6 +83,7 @@ class Evaluation:
         planner.violations += _unfit(config, head)
         models = (("model", config.model, head), ("reward", config.reward, "scalar"), ("reference", config.reference, "lm"))
         plans = {role: planner.plan(role, model, kind, rows=lengths[role]) for role, model, kind in models if model is not None}
+        planner.sample("sampling", config.sampling, plans["model"], self.data.prompts)
         planner.check()
         run.introduce([*records.notes, *planner.notes])
         engines = {role: planner.build_frozen(plan) for role, plan in plans.items()}

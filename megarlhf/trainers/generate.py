@@ -38,9 +38,9 @@ def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     prompts = records.prompts("prompts", config.prompts)
     inputs = inputs_of(config, records.fingerprints, prompts)
     problems = [*records.agree(run.world), *answers_to_other_input(run, inputs)]
-    problems += responses.sampling_problems("sampling", config.sampling, run.world.device)
     planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
     plan = planner.plan("model", config.model, "lm", rows=row_lengths(config)["model"])
+    planner.sample("sampling", config.sampling, plan, prompts)
     planner.check()
     run.introduce([*records.notes, *planner.notes])
     run.write(INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")

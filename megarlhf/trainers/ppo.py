@@ -22,7 +22,7 @@ from megarlhf.data.tokenized import PromptRow, rows_fingerprint
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
-from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, response_records, sampling_problems
+from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generate, response_records
 from megarlhf.parallel.seed import derive_seed
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
@@ -83,8 +83,7 @@ class ProximalPolicyOptimization(Stage):
         functions = RewardFunctions(config.reward.functions, run.world)
         fingerprints = records.fingerprints | functions.fingerprints
         problems = [*problems, *functions.problems, *records.agree(run.world), *run.keep(fingerprints)]
-        problems += sampling_problems("generation.sampling", config.generation.sampling, run.world.device)
-        self.roles = PpoModels.build(config, run, tokenizer, problems=problems)
+        self.roles = PpoModels.build(config, run, tokenizer, [*prompts, *valid], problems=problems)
         self.rewards = Rewards(config.reward, self.roles.reward, functions, tokenizer)
         rows = self.settings.iterations * self.settings.epochs * self.settings.batch_size * self.settings.ptx_ratio
         self.notes = [*(self.text.notes(rows) if self.text else []), *self.roles.notes]

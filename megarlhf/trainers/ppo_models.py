@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarlhf.config.ppo import PpoConfig
+from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
@@ -68,8 +69,10 @@ class PpoModels:
         return {"time/offload_seconds": self.generation_groups.side_stream.take_seconds()}
 
     @staticmethod
-    def build(config: PpoConfig, run: Run, tokenizer: Tokenizer, *, problems: Sequence[str] = ()) -> PpoModels:
-        """Check all of them against the run, then build them with their weights.
+    def build(
+        config: PpoConfig, run: Run, tokenizer: Tokenizer, prompts: Sequence[PromptRow], *, problems: Sequence[str] = ()
+    ) -> PpoModels:
+        """Check all of them against the run and its prompts, then build them with their weights.
 
         ConfigError lists everything that does not fit, and the `problems` that were found before.
         """
@@ -80,6 +83,7 @@ class PpoModels:
         reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"]) if config.reward.has_model else None
         reference = planner.plan("reference", config.reference, "lm", rows=rows["reference"])
         generation = _generation_layout(config, planner, policy)
+        planner.sample("generation.sampling", config.generation.sampling, policy, prompts, layout=generation)
         planner.check()
         models = PpoModels(
             policy=planner.build_trained(policy),

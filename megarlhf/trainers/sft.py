@@ -11,7 +11,7 @@ from megarlhf.data.order import ShuffledOrder
 from megarlhf.data.tokenized import DemonstrationRow, PromptRow
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.terms import LanguageModelLoss, Term
-from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records, sampling_problems
+from megarlhf.evaluation.responses import NUM_SAMPLES, ResponseJudge, generator_of, response_records
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.runs.folder import Run
 from megarlhf.runs.loop import Stage, run_stage, step_metrics
@@ -44,11 +44,11 @@ class SupervisedFineTuning(Stage):
         self.held_out = records.held_out(section, data.pretraining)
 
         problems = [*records.agree(run.world), *run.keep(records.fingerprints)]
-        problems += sampling_problems("sampling", config.sampling, run.world.device)
         planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
         rows = row_lengths(config)
         plan = planner.plan("model", config.model, "lm", rows=rows["model"])
         reward = planner.plan("reward", config.reward, "scalar", rows=rows["reward"]) if config.reward else None
+        planner.sample("sampling", config.sampling, plan, self._answered(valid))
         planner.check()
 
         self.order = ShuffledOrder(len(self.demonstrations), seed=config.run.seed)
@@ -66,10 +66,13 @@ class SupervisedFineTuning(Stage):
 
     def _judge(self, valid: Sequence[DemonstrationRow], reward: FrozenEngine | None) -> ResponseJudge:
         """Responses to all validation prompts for the reward model, or to a few of them, to be read."""
-        rows = [PromptRow(row.prompt_ids, row.source) for row in (valid if reward else valid[:NUM_SAMPLES])]
+        rows = [PromptRow(row.prompt_ids, row.source) for row in self._answered(valid)]
         prompts = prompt_batch(rows, pad_id=self.tokenizer.pad_id)
         generator = generator_of(self.model, self.tokenizer)
         return ResponseJudge(generator, prompts, self.config.sampling, seed=self.config.run.seed, purpose="sft validation", reward=reward)
+
+    def _answered(self, valid: Sequence[DemonstrationRow]) -> Sequence[DemonstrationRow]:
+        return valid if self.config.reward is not None else valid[:NUM_SAMPLES]
 
     def next_terms(self) -> list[Term]:
         """The loss on the next demonstrations, and on the text that goes with them."""

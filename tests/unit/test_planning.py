@@ -129,6 +129,8 @@ def test_what_the_command_line_refuses(capsys):
     assert "--nodes must be above 0" in said("--config", str(PPO), "--gpu", "h200", "--nodes", "0")
     assert "MODEL=PRESET" in said("--config", str(PPO), "--gpu", "h200", "--architecture", "policy")
     assert "stage is evaluate" in said("--config", str(ROOT / "examples/quickstart/evaluate.yaml"), "--gpu", "h200")
+    for stage, key in ((PPO, "generation.sampling.kv_cache_bytes"), (PPO.with_name("sft.yaml"), "sampling.kv_cache_bytes")):
+        assert f"plan: {key} 99 holds no row" in said("--config", str(stage), "--gpu", "h200", f"{key}=99")
     with mock.patch.object(command.importlib.util, "find_spec", lambda name: None):
         assert "--png needs matplotlib" in said("--config", str(PPO), "--png", "plan.png")
     assert "is no layout" in said("reshard", "--from", "8x8", "--to", "tp8", "--preset", "gpt3-175b")
