@@ -23,14 +23,13 @@ source examples/stage.sh
 
 echo "== data"
 if [ ! -f "$data/prompts_valid.jsonl" ]; then "$python" $here/make_data.py --output "$data"; fi
-echo "== a model from nothing"
-stage sft sft.yaml run.dir="$runs/sft" data.train="$data/demonstrations.jsonl" --smoke epochs=1 batch_size=4000
-echo "== GRPO"
-stage ppo grpo.yaml run.dir="$runs/grpo" policy.load="$runs/sft" reference.load="$runs/sft" data.prompts="$data/prompts.jsonl" \
+# A model from nothing, GRPO, and what both answer to sums that GRPO never saw
+line sft sft.yaml run.dir="$runs/sft" data.train="$data/demonstrations.jsonl" --smoke epochs=1 batch_size=4000
+line ppo grpo.yaml run.dir="$runs/grpo" policy.load="$runs/sft" reference.load="$runs/sft" data.prompts="$data/prompts.jsonl" \
   data.prompts_valid="$data/prompts_valid.jsonl" --smoke ppo.iterations=2 ppo.warmup_iterations=1
-echo "== sums that GRPO never saw"
 for model in sft grpo; do
-  stage generate generate.yaml run.dir="$runs/answers/$model" model.load="$runs/$model" prompts="$data/prompts_valid.jsonl"
+  line generate generate.yaml run.dir="$runs/answers/$model" model.load="$runs/$model" prompts="$data/prompts_valid.jsonl"
 done
+run_recipe "$runs/recipe.txt"
 "$python" $here/report.py "$runs/answers/sft" "$runs/answers/grpo"
 echo "== arithmetic: done in $((SECONDS - started)) s after the installation; everything is in $runs"

@@ -173,6 +173,8 @@ def corpus(seed: int, docs: Mapping[str, str], answers: Mapping[str, str]) -> tu
             seen.add(text)
             (heldout if split_of(seed, name).endswith("_valid") else train).append(f"{name}\n{text}")
     asked = [sentence for name, sentence in answers.items() if split_of(seed, name).endswith("_valid")]
+    whole = "\n".join(train)
+    asked = [sentence for sentence in asked if sentence in whole]  # few are; every text is looked through for these alone
     train = [text for text in train if not any(sentence in text for sentence in asked)]
     random.Random(f"{seed}:corpus").shuffle(train)
     return train, heldout
@@ -187,8 +189,13 @@ def known_pairs(documents: Iterable[str]) -> list[str]:
     return sorted(pair for pair, count in counts.items() if count >= 2)
 
 
-def rank_all(seed: int, candidates: Mapping[str, Sequence[Candidates]], pairs: frozenset[str]) -> tuple[dict[str, list], dict[str, float]]:
-    """The rankings of one simulated labeller by split, and what they measure: noise, agreement with another labeller, ties."""
+def rank_all(
+    seed: int, candidates: Mapping[str, Sequence[Candidates]], pairs: frozenset[str]
+) -> tuple[dict[str, list], dict[str, list[list[float]]], dict[str, float]]:
+    """The rankings of one simulated labeller by split, the rule's scores by split, and what they measure.
+
+    That is noise, agreement with another labeller, and ties.
+    """
     everything = [item for split in sorted(candidates) for item in candidates[split]]
     scores = [[labelling.score(item.prompt, response, pairs) for response in item.responses] for item in everything]
     noises = []
@@ -208,12 +215,14 @@ def rank_all(seed: int, candidates: Mapping[str, Sequence[Candidates]], pairs: f
         "tied pairs": ties / num_pairs,
         "pairs": num_pairs,
     }
-    rows = {split: [] for split in candidates}
-    graded = iter(one)
+    rows, scored = ({split: [] for split in candidates} for _ in range(2))
+    graded = zip(one, scores, strict=True)
     for split in sorted(candidates):
         for item in candidates[split]:
-            rows[split].append({"prompt": item.prompt, "responses": list(item.responses), "ranks": labelling.ranks(next(graded))})
-    return rows, measured
+            grades, of_rule = next(graded)
+            rows[split].append({"prompt": item.prompt, "responses": list(item.responses), "ranks": labelling.ranks(grades)})
+            scored[split].append(of_rule)
+    return rows, scored, measured
 
 
 def make_all(seed: int) -> tuple[dict[str, list[dict]], list[str], list[str]]:
@@ -243,15 +252,19 @@ def make_all(seed: int) -> tuple[dict[str, list[dict]], list[str], list[str]]:
         split: [draw_candidates(rng, prompt_of(seed, name), answers[name], pool, babblers) for name in names[split]]
         for split in ("rankings", "rankings_valid")
     }
-    rows, measured = rank_all(seed, candidates, frozenset(pairs))
+    rows, scored, measured = rank_all(seed, candidates, frozenset(pairs))
     records |= rows
     if missing:
         print(f"this Python has no {', '.join(missing)}: their docstrings are left out")
-    return records, pairs, report(records, candidates["rankings"], rows["rankings"], measured, frozenset(pairs))
+    return records, pairs, report(records, candidates["rankings"], rows["rankings"], scored["rankings"], measured)
 
 
 def report(
-    records: Mapping[str, list[dict]], candidates: Sequence[Candidates], rows: Sequence[dict], measured: Mapping, pairs: frozenset[str]
+    records: Mapping[str, list[dict]],
+    candidates: Sequence[Candidates],
+    rows: Sequence[dict],
+    scores: Sequence[Sequence[float]],
+    measured: Mapping[str, float],
 ) -> list[str]:
     """What was made, in lines to print."""
     lines = [f"{'file':24} {'records':>8} {'mean characters':>16} {'longest':>8}"]
@@ -260,9 +273,9 @@ def report(
         lines.append(f"{name + '.jsonl':24} {len(items):8} {sum(lens) / len(lens):16.1f} {max(lens):8}")
     lines += ["", f"{'candidate':16} {'count':>6} {'score':>6} {'ranked first':>13}   example (train, one prompt each)"]
     by_kind = defaultdict(list)
-    for item, row in zip(candidates, rows, strict=True):
-        for kind, response, rank in zip(item.kinds, item.responses, row["ranks"], strict=True):
-            by_kind[kind].append((labelling.score(item.prompt, response, pairs), rank == 1, item.prompt.strip(), response))
+    for item, row, scored in zip(candidates, rows, scores, strict=True):
+        for kind, response, rank, score in zip(item.kinds, item.responses, row["ranks"], scored, strict=True):
+            by_kind[kind].append((score, rank == 1, item.prompt.strip(), response))
     for kind, made in sorted(by_kind.items(), key=lambda entry: -sum(m[0] for m in entry[1]) / len(entry[1])):
         mean, first = (sum(m[i] for m in made) / len(made) for i in (0, 1))
         lines.append(f"{kind:16} {len(made):6} {mean:6.2f} {first:13.2f}   {made[0][2]} -> {made[0][3]}")

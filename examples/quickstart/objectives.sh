@@ -27,22 +27,18 @@ source examples/stage.sh
 
 sampled=(policy.load="$runs/ppo_init" reward.load="$runs/reward" data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
 rankings=(model.load="$runs/ppo_init" data.train="$data/rankings.jsonl" data.valid="$data/rankings_valid.jsonl")
-echo "== DPO"
-stage dpo dpo.yaml run.dir="$runs/dpo" dpo.ptx_coef=0 "${rankings[@]}" --smoke batch_size=512
-echo "== DPO with pretraining text"
-stage dpo dpo.yaml run.dir="$runs/dpo_ptx" "${rankings[@]}" --smoke batch_size=512
-echo "== GRPO with pretraining text"
-stage ppo grpo.yaml run.dir="$runs/grpo_ptx" "${sampled[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
-echo "== RLOO with pretraining text"
-stage ppo grpo.yaml run.dir="$runs/rloo_ptx" ppo.advantages=rloo ppo.kl_in=reward ppo.kl_estimator=k1 ppo.normalization=token \
+line dpo dpo.yaml run.dir="$runs/dpo" dpo.ptx_coef=0 "${rankings[@]}" --smoke batch_size=512
+line dpo dpo.yaml run.dir="$runs/dpo_ptx" "${rankings[@]}" --smoke batch_size=512
+line ppo grpo.yaml run.dir="$runs/grpo_ptx" "${sampled[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
+line ppo grpo.yaml run.dir="$runs/rloo_ptx" ppo.advantages=rloo ppo.kl_in=reward ppo.kl_estimator=k1 ppo.normalization=token \
   "${sampled[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
 
-echo "== evaluation"
+shared=("tokenizer.path=$data/tokenizer.model")
 for model in dpo dpo_ptx grpo_ptx rloo_ptx; do
-  "$python" -m megarlhf evaluate --config $here/evaluate.yaml "tokenizer.path=$data/tokenizer.model" model.load="$runs/$model" \
-    run.dir="$runs/evaluation/$model" reward.load="$runs/reward" reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" \
-    text.valid_prefix="$data/corpus_heldout" >"$runs/$model.evaluation.log" 2>&1 || { cat "$runs/$model.evaluation.log"; exit 1; }
+  line evaluate evaluate.yaml run.dir="$runs/evaluation/$model" model.load="$runs/$model" reward.load="$runs/reward" \
+    reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" text.valid_prefix="$data/corpus_heldout"
 done
+run_recipe "$runs/objectives.txt" >"$runs/evaluation.log"
 "$python" $here/report.py --runs "$runs" --pairs "$data/pairs.txt" --models "SFT baseline=sft" "PPO start=ppo_init" "PPO=ppo" \
   "PPO-ptx=ppo_ptx" "DPO=dpo" "DPO-ptx=dpo_ptx" "GRPO-ptx=grpo_ptx" "RLOO-ptx=rloo_ptx"
 echo "== objectives: done in $((SECONDS - started)) s; everything is in $runs"

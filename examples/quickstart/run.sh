@@ -35,31 +35,23 @@ fi
 demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demonstrations_valid.jsonl")
 text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")
 
-echo "== base model"
-stage pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" --smoke steps=4 schedule.warmup_steps=1
-echo "== SFT baseline"
-stage sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
-echo "== the model that PPO starts from"
-stage sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
-echo "== reward model"
-stage reward reward.yaml run.dir="$runs/reward" model.load="$runs/base" data.train="$data/rankings.jsonl" \
+# The base model, the SFT baseline, the model that PPO starts from
+line pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" --smoke steps=4 schedule.warmup_steps=1
+line sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
+line sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
+line reward reward.yaml run.dir="$runs/reward" model.load="$runs/base" data.train="$data/rankings.jsonl" \
   data.valid="$data/rankings_valid.jsonl" data.demonstrations="$data/demonstrations_valid.jsonl" --smoke batch_size=256
 
 models=(policy.load="$runs/ppo_init" reference.load="$runs/ppo_init" reward.load="$runs/reward" value.load="$runs/reward")
 prompts=(data.prompts="$data/prompts.jsonl" data.prompts_valid="$data/prompts_valid.jsonl")
-echo "== PPO-ptx"
-stage ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
-echo "== plain PPO"
-stage ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
+line ppo ppo.yaml run.dir="$runs/ppo_ptx" "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
+line ppo ppo.yaml run.dir="$runs/ppo" ppo.ptx_coef=0 "${models[@]}" "${prompts[@]}" "${text[@]}" --smoke ppo.iterations=2 ppo.warmup_iterations=1
 
-echo "== evaluation"
 for model in sft ppo_init ppo ppo_ptx; do
-  "$python" -m megarlhf evaluate --config $here/evaluate.yaml "tokenizer.path=$data/tokenizer.model" model.load="$runs/$model" \
-    run.dir="$runs/evaluation/$model" reward.load="$runs/reward" reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" \
-    text.valid_prefix="$data/corpus_heldout" >"$runs/$model.evaluation.log" 2>&1 || { cat "$runs/$model.evaluation.log"; exit 1; } &
-  if [ "$model" = ppo_init ]; then wait; fi
+  line evaluate evaluate.yaml run.dir="$runs/evaluation/$model" model.load="$runs/$model" reward.load="$runs/reward" \
+    reference.load="$runs/ppo_init" prompts="$data/prompts_valid.jsonl" text.valid_prefix="$data/corpus_heldout"
 done
-wait
+run_recipe "$runs/recipe.txt" >"$runs/evaluation.log" # all in one program; evaluate prints its table, the rest is said on stderr
 "$python" $here/report.py --runs "$runs" --pairs "$data/pairs.txt"
 echo "== report"
 "$python" -m megarlhf report "$runs"/{base,sft,ppo_init,reward,ppo_ptx,ppo} "$runs"/evaluation/{sft,ppo_init,ppo_ptx,ppo} --to "$runs/report.html"

@@ -83,7 +83,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-    letters = sum(character.isalpha() or character == " " for character in text)
+    letters = sum(map(str.isalpha, text)) + text.count(" ")
     return len(text) >= 20 and letters >= 0.85 * len(text) and text[-1] in ".:" and not re.search(r"::=|>>>|->", text)
 
 

@@ -56,28 +56,24 @@ fi
 "$python" $here/questions.py label --output $data --tokenizer $runs/start --answers $runs/answers/responses.jsonl
 
 text=("data.pretraining.prefix=$data/text" "data.pretraining.valid_prefix=$data/text_heldout")
-step "SFT"
-stage sft sft.yaml run.dir=$runs/sft model.load=$runs/start model.precision="$precision" data.train=$data/demonstrations.jsonl \
+step "SFT, reward model, PPO-ptx, plain PPO and the evaluation of each"
+line sft sft.yaml run.dir=$runs/sft model.load=$runs/start model.precision="$precision" data.train=$data/demonstrations.jsonl \
   data.valid=$data/demonstrations_valid.jsonl "${text[@]}" --smoke epochs=1 batch_size=4
-step "reward model"
-stage reward reward.yaml run.dir=$runs/reward model.load=$runs/start_8 model.precision="$precision" data.train=$data/rankings.jsonl \
+line reward reward.yaml run.dir=$runs/reward model.load=$runs/start_8 model.precision="$precision" data.train=$data/rankings.jsonl \
   data.valid=$data/rankings_valid.jsonl data.demonstrations=$data/demonstrations_valid.jsonl
 
 models=("policy.load=$runs/sft" "reference.load=$runs/sft" "reward.load=$runs/reward" "value.load=$runs/reward")
 for model in policy reference reward value; do models+=("$model.precision=$precision"); done
 short=(--smoke ppo.iterations=2 ppo.warmup_iterations=1 ppo.batch_size=8 ppo.minibatch_size=4)
-step "PPO-ptx"
-stage ppo ppo.yaml run.dir=$runs/ppo_ptx "${models[@]}" data.prompts=$data/prompts.jsonl "${text[@]}" "${short[@]}"
-step "plain PPO"
-stage ppo ppo.yaml run.dir=$runs/ppo ppo.ptx_coef=0 "${models[@]}" data.prompts=$data/prompts.jsonl "${text[@]}" "${short[@]}"
+line ppo ppo.yaml run.dir=$runs/ppo_ptx "${models[@]}" data.prompts=$data/prompts.jsonl "${text[@]}" "${short[@]}"
+line ppo ppo.yaml run.dir=$runs/ppo ppo.ptx_coef=0 "${models[@]}" data.prompts=$data/prompts.jsonl "${text[@]}" "${short[@]}"
 
-step "evaluation"
 precisions=(model.precision="$precision" reward.precision="$precision" reference.precision="$precision")
 for model in start sft ppo ppo_ptx; do
-  stage evaluate evaluate.yaml run.dir=$runs/evaluation/$model model.load=$runs/$model reward.load=$runs/reward reference.load=$runs/sft \
-    "${precisions[@]}" prompts=$data/prompts_valid.jsonl text.valid_prefix=$data/text_heldout --smoke text.valid_rows=8 \
-    >$runs/$model.evaluation.log 2>&1 || { cat $runs/$model.evaluation.log; exit 1; }
+  line evaluate evaluate.yaml run.dir=$runs/evaluation/$model model.load=$runs/$model reward.load=$runs/reward reference.load=$runs/sft \
+    "${precisions[@]}" prompts=$data/prompts_valid.jsonl text.valid_prefix=$data/text_heldout --smoke text.valid_rows=8
 done
+run_recipe $runs/recipe.txt >$runs/evaluation.log # all in one program; evaluate prints its table, the rest is said on stderr
 "$python" $here/report.py --runs $runs
 
 step "export to transformers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -24,6 +24,7 @@ from megarlhf.telemetry.sinks import check_sinks
 if TYPE_CHECKING:
     from megarlhf.api.model import Model
     from megarlhf.parallel.groups import World
+    from megarlhf.runs.interruption import Interruption
 
 Callback = Callable[[int, dict[str, float]], None]
 """Called on every rank after each step (PPO: iteration) with its number, from 1, and a copy of its metrics (docs/metrics.md).
@@ -141,19 +142,29 @@ def run(config: C, expected: type[C], *, callbacks: Sequence[Callback] = (), fre
             gc.collect()  # models are cycles
 
 
-def problems_of(config: StageConfig, place: Place) -> list[str]:
-    """What a valid configuration names and this process cannot find; imports nothing heavy."""
-    problems = path_problems(config) + missing_packages(config)
+def problems_of(config: StageConfig, place: Place, *, to_come: Collection[str] = ()) -> list[str]:
+    """What a valid configuration names and this process cannot find; imports nothing heavy.
+
+    Args: to_come: folders of runs that will have ended by then.
+    """
+    problems = path_problems(config, to_come=to_come) + missing_packages(config)
     if place.rank == 0:  # the only one that writes
         problems += check_sinks(config.run.sinks)
     return problems
 
 
 def run_in(
-    world: World, config: StageConfig | None, *, problems: Sequence[str] = (), callbacks: Sequence[Callback] = (), fresh: bool = False
+    world: World,
+    config: StageConfig | None,
+    *,
+    problems: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
+    fresh: bool = False,
+    asked: Interruption | None = None,
 ) -> dict[str, float]:
     """Run a stage in a world that this process has joined; a collective. Returns the last evaluation's metrics.
 
+    Args: asked: where the process listens for signals around its runs, see `Run`.
     ConfigError on every rank where any rank has `problems`, as one without a configuration has, or another configuration.
     """
     from megarlhf.runs.agreement import refuse_together, require_same_config
@@ -163,7 +174,7 @@ def run_in(
     require_same_config(config, world)
     for doubt in doubts(config) if world.rank == 0 else ():
         print(f"megarlhf {config.stage}: is this meant? {doubt}", file=sys.stderr, flush=True)
-    with Run(config, world, fresh=fresh, callbacks=callbacks) as run:
+    with Run(config, world, fresh=fresh, callbacks=callbacks, asked=asked) as run:
         metrics = stage_of(config.stage)(config, run)
     world.barrier()  # torchrun ends the others when one has failed, not when one is done: all are done here
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -13,15 +13,20 @@ from megarlhf.config.fields import annotations_of, join, sections_of, without_no
 from megarlhf.config.rules import PathTo
 
 
-def path_problems(config: Any) -> list[str]:
-    """A sentence for every path that names nothing, or not what it must: with what is there instead."""
-    found = []
+def path_problems(config: Any, *, to_come: Collection[str] = ()) -> list[str]:
+    """A sentence for every path that names nothing, or not what it must: with what is there instead.
+
+    Args: to_come: folders that will have been written by then; what is to be read from them is not looked up.
+    """
+    found, to_come = [], [os.path.abspath(folder) for folder in to_come]
     for at, section in sections_of(config):
         annotations = annotations_of(type(section))
         for field in fields(section):
             for key, annotation, value in _values(join(at, field.name), annotations[field.name], getattr(section, field.name)):
                 for rule in without_rules(annotation)[1]:
-                    if isinstance(rule, PathTo) and (problem := _checked(rule, value)):
+                    if not isinstance(rule, PathTo) or (rule.what != "output" and _is_in(value, to_come)):
+                        continue
+                    if problem := _checked(rule, value):
                         found.append(f"{key}: {problem}")
     return found
 
@@ -34,6 +39,10 @@ def _values(key: str, annotation: Any, value: Any) -> Iterator[tuple[str, Any, A
         yield from ((f"{key}[{i}]", kinds[0 if kinds[-1] is Ellipsis else i], item) for i, item in enumerate(value))
     elif value is not None:
         yield key, inner, value
+
+
+def _is_in(path: str, folders: Collection[str]) -> bool:
+    return any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in folders)
 
 
 def _checked(rule: PathTo, path: str) -> str | None:

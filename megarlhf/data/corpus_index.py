@@ -1,4 +1,4 @@
-"""Megatron's index of a corpus (``.idx``), read with nothing taken on trust.
+"""Megatron's index of a corpus (``.idx``): written, and read with nothing taken on trust.
 
 The file: a magic word, a version (1), a code for the type of the ids in the ``.bin``, the numbers of sequences and of document
 indices; then the length of each sequence (int32), where it starts in the ``.bin`` in bytes (int64), and the number of the
@@ -8,6 +8,7 @@ sequence that begins each document, and one past the last (int64). megatron-core
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,22 @@ class CorpusIndex:
             kind = f"{num_sequences} sequences and {num_indices} document indices"
             raise ValueError(f"{path} has {size} bytes, and {expected} for the {kind} that it counts: it is cut or damaged")
         return _checked(path, np.dtype(ID_TYPES[code]), num_sequences, num_indices)
+
+
+def id_type_for(vocab_size: int) -> np.dtype:
+    """The integers that Megatron writes the ids of such a vocabulary in: of 2 bytes where they suffice, with room for a few ids more."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def write_index(path: Path, lengths: Sequence[int], id_type: np.dtype) -> None:
+    """Write the index of documents of so many tokens each, one sequence a document, that follow one another in the ``.bin``."""
+    code = next(code for code, known in ID_TYPES.items() if id_type == known)
+    counted = np.asarray(lengths, dtype=np.int32)
+    starts = (np.cumsum(counted, dtype=np.int64) - counted) * id_type.itemsize
+    with path.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(counted), len(counted) + 1))
+        for part in (counted, starts, np.arange(len(counted) + 1, dtype=np.int64)):
+            file.write(part.tobytes())
 
 
 def _checked(path: Path, id_type: np.dtype, num_sequences: int, num_indices: int) -> CorpusIndex:

@@ -1,6 +1,6 @@
 """Pretraining text for PPO-ptx and for the SFT mix: rows of one or several corpora without end.
 
-The files are written by megatron-core (megarlhf/preparation/corpora.py) and read here; the order is our own. Its `GPTDataset` must
+The files are Megatron's (megarlhf/preparation/corpora.py), read here; the order is our own. Its `GPTDataset` must
 know the number of samples beforehand, masks and zeroes every token whose id is its pad id, and keeps index files that rank 0 writes
 beside the corpus and the others read without waiting. Here all ranks compute the same rows and write nothing.
 """

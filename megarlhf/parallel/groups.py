@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import socket
@@ -110,6 +111,8 @@ class World:
     """Copies between host and device."""
     _excepthook: Callable = sys.excepthook
     """The process's own; torch's, which names the rank, comes around it with every default group."""
+    _number: int = 0
+    """How many worlds the same ranks were in before."""
     _groups: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
     """This rank's group among disjoint ones that were made together: axes and layouts with the same peers share them."""
 
@@ -210,9 +213,27 @@ class World:
         """Wait for every rank."""
         dist.barrier()
 
+    def renewed(self, *, timeout_minutes: float) -> World:
+        """A new world of the same ranks, as a process has it that starts now; a collective, of ranks that have let go of all models.
+
+        This one's groups end; alarm and store go on.
+        """
+        timeout, number = datetime.timedelta(minutes=timeout_minutes), self._number + 1
+        dist.barrier()
+        self._leave_groups()
+        platform.give_back_freed_memory()
+        self.store.set_timeout(timeout)
+        store = dist.PrefixStore(f"world_{number}", self.store)
+        dist.init_process_group(platform.backend(), store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        prepare_megatron_globals()
+        return dataclasses.replace(self, timeout=timeout, side_stream=SideStream(), _number=number, _groups={})
+
     def close(self) -> None:
         """Leave the run."""
         self.alarm.close()
+        self._leave_groups()
+
+    def _leave_groups(self) -> None:
         self._groups.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

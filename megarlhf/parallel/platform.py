@@ -70,6 +70,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """On CUDA, give what the allocator keeps back to the device: what comes next cuts it otherwise. A CPU's is used again as it is."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def ask_for_large_pages(tensor: torch.Tensor) -> None:
     """On the CPU, have a new tensor that is mapped anew in spite of `keep_freed_memory` touched 2 MiB at a time, not 4 KiB.
 

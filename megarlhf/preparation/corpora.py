@@ -1,15 +1,16 @@
-"""How a pretraining corpus is written: Megatron's `.bin` and `.idx`."""
+"""How a pretraining corpus is written: Megatron's `.bin` and `.idx`, without megatron-core: it takes longer to import than this."""
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megarlhf.data.corpus import corpus_paths
-from megarlhf.parallel.platform import prepare_megatron
+from megarlhf.data.corpus_index import id_type_for, write_index
 
 
 def write_corpus(prefix: str | Path, documents: Iterable[Sequence[int]], *, eos_id: int, vocab_size: int) -> tuple[int, int]:
@@ -19,28 +20,25 @@ def write_corpus(prefix: str | Path, documents: Iterable[Sequence[int]], *, eos_
     complete, so that a failed run leaves no corpus that looks like one. Returns (documents, tokens) written. Raises
     ValueError for an id outside the vocabulary, and for EOS inside a document, which would make two of it.
     """
-    prepare_megatron()  # before the import below does it, more slowly
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     bin_path, idx_path = corpus_paths(prefix)
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     partial = [path.with_name(path.name + ".partial") for path in (bin_path, idx_path)]
-    builder = IndexedDatasetBuilder(str(partial[0]), dtype=DType.optimal_dtype(vocab_size))
-    num_documents = num_tokens = 0
+    lengths, num_tokens, id_type = array("i"), 0, id_type_for(vocab_size)
     try:
-        for document in documents:
-            tokens = np.append(np.asarray(document, dtype=np.int64), eos_id)
-            if (tokens[:-1] == eos_id).any():
-                raise ValueError(f"document {num_documents} has EOS {eos_id} among its tokens: it would be taken for two")
-            if not 0 <= tokens.min() <= tokens.max() < vocab_size:
-                raise ValueError(f"document {num_documents} has ids in {tokens.min()}..{tokens.max()}, the vocabulary 0..{vocab_size - 1}")
-            builder.add_document(tokens, [len(tokens)])
-            num_documents, num_tokens = num_documents + 1, num_tokens + len(tokens)
-        builder.finalize(str(partial[1]))
+        with partial[0].open("wb") as file:
+            for number, document in enumerate(documents):
+                tokens = np.append(np.asarray(document, dtype=np.int64), eos_id)
+                if (tokens[:-1] == eos_id).any():
+                    raise ValueError(f"document {number} has EOS {eos_id} among its tokens: it would be taken for two")
+                if not 0 <= tokens.min() <= tokens.max() < vocab_size:
+                    raise ValueError(f"document {number} has ids in {tokens.min()}..{tokens.max()}, the vocabulary 0..{vocab_size - 1}")
+                file.write(tokens.astype(id_type).tobytes())
+                lengths.append(len(tokens))
+                num_tokens += len(tokens)
+        write_index(partial[1], lengths, id_type)
         for path, final in zip(partial, (bin_path, idx_path), strict=True):
             os.replace(path, final)
     finally:
-        builder.data_file.close()
         for path in partial:
             path.unlink(missing_ok=True)
-    return num_documents, num_tokens
+    return len(lengths), num_tokens

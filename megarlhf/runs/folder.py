@@ -29,7 +29,8 @@ from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
 from megarlhf.runs.environment import ENVIRONMENT_FILE, environment
-from megarlhf.runs.lock import LOCK_FILE, FolderLock
+from megarlhf.runs.interruption import Interruption
+from megarlhf.runs.lock import FolderLock, not_fresh
 from megarlhf.runs.resume import config_changes
 from megarlhf.runs.saving import Saving
 from megarlhf.storage.checkpoints import Saved
@@ -45,11 +46,19 @@ class Run:
     """One stage's folder. Only rank 0 writes beside checkpoints; opening, saving and resuming are collectives of the whole world."""
 
     def __init__(
-        self, config: StageConfig, world: World, *, fresh: bool = False, callbacks: Sequence[Callable[[int, dict], None]] = ()
+        self,
+        config: StageConfig,
+        world: World,
+        *,
+        fresh: bool = False,
+        callbacks: Sequence[Callable[[int, dict], None]] = (),
+        asked: Interruption | None = None,
     ) -> None:
         """Look at the folder, find the checkpoint to go on from, and write nothing yet.
 
-        Args: callbacks: called with each step that is logged and its metrics, on every rank.
+        Args:
+            callbacks: called with each step that is logged and its metrics, on every rank.
+            asked: where the process listens for signals that ask it to stop before, between and after the steps of runs.
         ConfigError when it belongs to another stage, is in use, with `fresh` when it holds anything, when its newest checkpoint is
         damaged, and when the configuration changes what a run must keep.
         """
@@ -64,6 +73,7 @@ class Run:
         """Of the data and the tokenizer: what a resume must find again."""
         self.sources: dict[str, dict] = {}
         """Role -> where a model's weights came from, see runs/models.py."""
+        self.asked = asked
         self._whole = config
         self._callbacks = callbacks
         self._sinks: list[Sink] = []
@@ -201,10 +211,8 @@ class Run:
     def _look(self, fresh: bool) -> tuple[str, list[Saved], list[str]]:
         """(id of the run, its checkpoints from the newest back, what is to be said of the folder)."""
         with _naming_run_dir():
-            if fresh and self.dir.is_dir() and any(path.name != LOCK_FILE for path in self.dir.iterdir()):
-                raise ConfigError(
-                    f"--fresh: {self.dir} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
-                )
+            if fresh and (problem := not_fresh(self.dir)):
+                raise ConfigError(problem)
             if self.dir.is_dir():
                 self._lock = FolderLock(self.dir)
             known = read_json(self.dir / RUN_FILE) if (self.dir / RUN_FILE).exists() else {"stage": self.stage, "id": uuid.uuid4().hex}

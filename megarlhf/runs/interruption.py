@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
 from megarlhf.runs.agreement import RunError
@@ -31,21 +32,30 @@ class Interruption:
     Signals reach a process's main thread only: elsewhere this does nothing.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-        """Number of the signal that came, 0 while none has."""
+    def __init__(self, signals: Sequence[signal.Signals] = ASKED, *, within: Interruption | None = None) -> None:
+        """Args: within: the context around this one: what it has heard is heard here, and what is heard here is left to it."""
+        self._signals = signals
+        self._within = within
+        self._heard = 0
         self._before: dict[int, object] = {}
+
+    @property
+    def received(self) -> int:
+        """Number of the signal that came, 0 while none has."""
+        return self._heard or (self._within.received if self._within is not None else 0)
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in ASKED}
+            self._before = {number: signal.signal(number, self._remember) for number in self._signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._within is not None and self._heard:
+            self._within._heard = self._heard
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._heard == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self._heard = number

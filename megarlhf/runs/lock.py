@@ -10,6 +10,13 @@ from pathlib import Path
 LOCK_FILE = "lock"
 
 
+def not_fresh(folder: Path) -> str | None:
+    """What speaks against `--fresh`: that the folder holds anything. OSError where it may not be looked into."""
+    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
+        return None
+    return f"--fresh: {folder} is not empty; remove it, choose another run.dir, or leave --fresh out to go on with it"
+
+
 class FolderLock:
     """Held until `release`, or until the process ends, however it does: the system lets go of it then.
 

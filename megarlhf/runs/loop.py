@@ -67,7 +67,7 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
     the run's time is over: after the step that was under way, and with its state saved. RunError when the training has diverged.
     """
     start = _resume(stage, run)
-    with Interruption() as interruption:
+    with Interruption(within=run.asked) as interruption:
         return _run_steps(stage, run, start, interruption)
 
 

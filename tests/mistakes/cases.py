@@ -372,7 +372,36 @@ COMMAND_LINES = [
     ("sft --config {recipe}/" + 300 * "x", "cannot be read: File name too long"),
     ("sft --config {recipe}/sft.yaml 3", "'3' is not of the form section.key=value"),
     ("sft --config {recipe}/base.yaml --fresh run.dir={recipe}/runs/sft", "stage is pretrain; run it with `megarlhf pretrain`"),
+    ("recipe", "the following arguments are required: file"),
+    ("recipe {recipe}/recipe.txt", "{recipe}/recipe.txt: No such file or directory"),
+    ("recipe {recipe}", "{recipe}: Is a directory"),
+    ("recipe {recipe}/base.yaml steps=3", "steps=3: keys are given in the lines of {recipe}/base.yaml"),
+    ("recipe {recipe}/base.yaml --fresh", "unknown option --fresh"),
     ("pretrain --config {recipe}/base.yaml --fresh", "--fresh: {recipe}/runs/base is not empty; remove it, choose another run.dir"),
+]
+
+RECIPES = [
+    # (content of recipe.txt, sentence)
+    ("", "{tmp}/recipe.txt: holds no command; each line is one"),
+    ("# nothing\n\n  # at all", "{tmp}/recipe.txt: holds no command"),
+    (b"sft \xff", "{tmp}/recipe.txt: is no UTF-8 text: invalid start byte at byte 4"),
+    ("sft --config 'a.yaml", "{tmp}/recipe.txt:1: no closing quotation"),
+    ("{base}\n{sft}\nsfd --config x.yaml", "nothing was started: {tmp}/recipe.txt:3: there is no command 'sfd'; did you mean sft?"),
+    ("megarlhf {base}", "recipe.txt:1: there is no command 'megarlhf'; a line begins with one of pretrain, sft, reward, ppo"),
+    ("preprocess --input x", "recipe.txt:1: preprocess is no stage that ranks run together; do it before or after the recipe, by `megarlhf preprocess`"),
+    ("recipe other.txt", "recipe.txt:1: there is no command 'recipe'"),
+    ("sft run.dir={tmp}/x", "recipe.txt:1: sft: --config is missing: give it the run's YAML file"),
+    ("ppo --help-config", "recipe.txt:1: ppo: --help-config runs nothing"),
+    ("{base} --frsh", "recipe.txt:1: pretrain: unknown option --frsh; did you mean --fresh?"),
+    ("{sft} model.load={recipe}/runs/base\npretrain --config {recipe}/base.yaml --fresh", "recipe.txt:2: --fresh: {recipe}/runs/base is not empty; remove it"),
+    ("{base} steps=0\n{sft} model.load={tmp}/base", "recipe.txt:1: pretrain: the configuration is not valid: command line: steps must be"),
+    ("{base} steps", "recipe.txt:1: pretrain: the configuration is not valid: command line: 'steps' is not of the form section.key=value"),
+    ("{base} \\\n  steps=0\n\n{sft} epochs=0", "recipe.txt:1: pretrain: the configuration is not valid: command line: steps must be at least 1, got 0 "),
+    ("{base} \\\n  steps=0\n\n{sft} epochs=0", "recipe.txt:4: sft: the configuration is not valid: command line: epochs must be at least 1, got 0"),
+    ("{base}\n{sft} model.load={tmp}/bass", "recipe.txt:2: model.load: there is no run or checkpoint {tmp}/bass; {tmp} holds recipe.txt"),
+    ("{sft} model.load={tmp}/base\n{base}", "there is no run or checkpoint {tmp}/base; {tmp} holds recipe.txt; a line below makes it: let that come first"),
+    ("{base}\n{sft} model.load={tmp}/base\n{base} steps=9", "recipe.txt:3: run.dir {tmp}/base is that of {tmp}/recipe.txt:1 too; give each run its own"),
+    ("{base}\n{sft} model.load={tmp}/base 'data.train={tmp}/no such file'", "recipe.txt:2: data.train: there is no file {tmp}/no such file"),
 ]
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}

@@ -73,6 +73,7 @@ def refused(said, places):
         assert filled(sentence, **places, **more) in text
         assert "Traceback" not in text
         assert found == status
+        return text
 
     return refused
 
@@ -118,6 +119,17 @@ def test_yaml(refused, tmp_path, text, sentence):
 @pytest.mark.parametrize(("line", "sentence"), named(cases.COMMAND_LINES))
 def test_command_lines(refused, line, sentence):
     refused(line.split(), sentence)
+
+
+@pytest.mark.parametrize(("content", "sentence"), named(cases.RECIPES))
+def test_recipes(refused, places, tmp_path, content, sentence):
+    named = (("base", "pretrain"), ("sft", "sft"))
+    stages = {name: f"{stage} --config {{recipe}}/{name}.yaml run.dir={{tmp}}/{name}" for name, stage in named}
+    file = tmp_path / "recipe.txt"
+    file.write_bytes(content if isinstance(content, bytes) else filled(filled(content, **stages), **places).encode())
+    text = refused(["recipe", str(file)], sentence)
+    assert "there is no run" not in text or "there is no run" in sentence, "that a line is wrong is no mistake of those below"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.txt"]
 
 
 @pytest.mark.parametrize(("environment", "sentence"), named(cases.ENVIRONMENTS))

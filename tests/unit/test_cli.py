@@ -29,7 +29,7 @@ data: {train: r.jsonl}
 def started(monkeypatch):
     """What would have been run, in place of running it."""
     runs = []
-    monkeypatch.setattr(cli, "_run", lambda command, config, problem, place, *, fresh: runs.append((command, config, problem, fresh)) or 0)
+    monkeypatch.setattr(cli, "_run", lambda series, problem: runs.append((series.name, series.commands, problem)) or 0)
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     return runs
@@ -58,8 +58,9 @@ def test_overrides_and_options_come_in_any_order(line):
 
 def test_a_run_is_started_with_its_overrides(started, yaml):
     assert cli.main(["reward", "--config", yaml, "run.seed=3", "--fresh", "batch_size=16", "parallel={tp: 2}"]) == 0
-    [(command, config, problem, fresh)] = started
-    assert (command, problem, fresh) == ("reward", None, True)
+    [(name, [command], problem)] = started
+    config = command.config
+    assert (name, command.name, problem, command.fresh) == ("reward", "reward", None, True)
     assert (config.run.seed, config.batch_size, config.parallel.tp, config.model.adam.learning_rate) == (3, 16, 2, 1e-5)
 
 
@@ -85,8 +86,8 @@ def test_several_ranks_meet_before_one_says_what_is_wrong(started, yaml, capsys,
     for name, value in zip([*names.split(), "MASTER_ADDR", "MASTER_PORT"], ["3", "8", "localhost", "29500"], strict=True):
         monkeypatch.setenv(name, value)
     cli.main(["reward", "--config", yaml, "run.sed=3"])
-    [(_, config, problem, _)] = started
-    assert config is None and "did you mean run.seed?" in problem
+    [(_, commands, problem)] = started
+    assert commands == [] and "did you mean run.seed?" in problem
     assert capsys.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megarlhf.data import corpus as corpus_module
 from megarlhf.data.corpus import Corpus
@@ -79,9 +79,15 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(corpus, before):
             stream_of(corpus, **kwargs).load_state_dict(stream.state_dict())
 
 
-def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path):
+def test_files_are_what_megatron_writes_and_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path):
     for vocab_size, dtype in ((65_000, np.uint16), (70_000, np.int32)):
         write_corpus(tmp_path / "c", documents(vocab_size=vocab_size), eos_id=EOS, vocab_size=vocab_size)
+        builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=DType.optimal_dtype(vocab_size))
+        for ids in documents(vocab_size=vocab_size):
+            builder.add_document([*ids, EOS], [len(ids) + 1])
+        builder.finalize(str(tmp_path / "megatron.idx"))
+        for ending in (".bin", ".idx"):
+            assert (tmp_path / f"c{ending}").read_bytes() == (tmp_path / f"megatron{ending}").read_bytes()
         dataset = IndexedDataset(str(tmp_path / "c"))
         assert dataset.index.dtype == dtype
         assert [dataset[i].tolist() for i in range(len(dataset))] == [[*ids, EOS] for ids in documents(vocab_size=vocab_size)]

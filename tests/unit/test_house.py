@@ -29,6 +29,7 @@ ROOMS = (
     ("trainers", "conversion", "preparation"),
     ("planning", "doctor", "report", "chat"),
     ("failures", "api"),
+    ("recipes",),
     ("cli",),
     ("__main__",),
 )
@@ -36,7 +37,7 @@ FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 MAY_IMPORT = {
     "torch.distributed": ("parallel/", "resharding/", "planning/"),
-    "megatron": ("parallel/", "models/", "resharding/", "engine/", "generation/", "preparation/corpora.py", "planning/fake_world.py"),
+    "megatron": ("parallel/", "models/", "resharding/", "engine/", "generation/", "planning/fake_world.py"),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
