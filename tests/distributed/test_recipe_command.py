@@ -146,7 +146,15 @@ def test_ranks_that_read_other_recipes_are_named(folder, ranks2):
     assert not (folder / "runs").exists()
 
 
-def test_what_is_heard_between_runs_is_heard_in_the_next():
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to it, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_heard_between_runs_is_heard_in_the_next(ctrl_c):
     with Interruption((signal.SIGTERM,)) as around:
         os.kill(os.getpid(), signal.SIGTERM)
         with Interruption(within=around) as inner:

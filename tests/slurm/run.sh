@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs launcher/slurm/many_nodes.sbatch on a real Slurm: a tiny reward model on two nodes of two ranks, over gloo. Once to its end,
 # once stopped by SIGUSR1, requeued by itself and gone on to its end, once with a wrong key, which must not be requeued; once with
-# one task per node, each of which starts torchrun; and once with all that runs on a node killed, its slurmd too, and the node back later.
+# one task per node, each of which starts torchrun; once as the second line of a recipe, stopped and requeued; and once with all that
+# runs on a node killed, its slurmd too, and the node back later.
 #
 #   bash tests/slurm/run.sh [FOLDER]    logs and the run's files go there; a temporary folder, removed if all is well, when left out
 #
@@ -131,6 +132,24 @@ after=$(num_steps requeued)
 grep -q "it goes into the queue again" "$folder/requeued.log"
 [ "$before" -lt "$after" ]
 echo "tests/slurm: stopped by a signal after step $before, requeued, to the end: passed, $after steps"
+
+{ # as docs/launching.md has it
+  echo "source launcher/start.sh && settings"
+  echo "exec \"\${PYTHON:-python3}\" -m megarlhf recipe $folder/recipe.txt \"\$@\""
+} >"$folder/recipe.sh"
+for line in "first epochs=1" "second epochs=40"; do
+  echo "reward --config $CONFIG run.threads=1 run.timeout_minutes=2 parallel.tp=2 run.dir=$folder/runs/$line"
+done >"$folder/recipe.txt"
+job=$(sbatch --parsable --nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=2 --output="$folder/recipe.log" \
+  launcher/slurm/many_nodes.sbatch "$folder/recipe.sh")
+wait_for 120 "the first steps of the second run" has_steps second 5
+scancel --signal=USR1 "$job"
+wait_for 120 "the recipe in the queue again" sh -c "scontrol --oneliner show job $job | grep -q ' Restarts=1 '"
+ends COMPLETED 0:0 1 "$job" recipe
+"$python" -c "$same" "$folder/runs/whole/metrics.jsonl" "$folder/runs/first/metrics.jsonl"
+[ "$(num_steps second)" = "$after" ]
+echo "tests/slurm: a recipe stopped in its second run, requeued, to the end: passed"
+
 job=$(gpus=0 submit lost 40 run.save_every=2) # Slurm 22.05 loses a job's GPUs when one of its nodes goes down, and then has none for it in the queue
 wait_for 120 "the first steps" has_steps lost 5
 for pid in $(grep -lsz "^SLURMD_NODENAME=n2" /proc/[0-9]*/environ | cut -d / -f 3) "$second"; do kill -KILL "$pid" || true; done
