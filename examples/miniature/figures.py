@@ -71,6 +71,11 @@ def by_size(axes: Axes, values: dict[tuple[str, str], Interval]) -> None:
     axes.set_xlim(-0.4, len(sizes) - 0.6)
 
 
+def name_systems(figure: Figure, axes: Axes) -> None:
+    """The names of the lines of `axes` below all panels, where they hide no point."""
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=len(NAMES), loc="outside lower center", frameon=False)
+
+
 def win_rate(found: Results) -> Figure | None:
     """Figures 1 and 3: against the largest SFT baseline, by labellers and by whose prompts."""
     if not found.largest:
@@ -82,7 +87,7 @@ def win_rate(found: Results) -> Figure | None:
         one.set_ylim(0, 1)
         one.set_title(f"{group} labellers, {prompts} prompts", fontsize=9)
     axes[0].set_ylabel(f"win rate against {found.largest} SFT")
-    axes[0].legend(fontsize=7)
+    name_systems(figure, axes[0])
     return figure
 
 
@@ -95,7 +100,7 @@ def grades(found: Results) -> Figure | None:
     figure, axes = panels(len(names) + 1)
     by_size(axes[0], {system: found.likert(*system) for system in found.systems})
     axes[0].set_title("Likert, 1 to 7", fontsize=9)
-    axes[0].legend(fontsize=7, loc="upper left")
+    name_systems(figure, axes[0])
     for one, name in zip(axes[1:], names, strict=True):
         by_size(one, {system: values[name] for system, values in metadata.items()})
         one.set_ylim(0, 1)
@@ -117,7 +122,7 @@ def tax(found: Results) -> Figure | None:
         one.set_title(f"{name}: accuracy (chance 0.25)", fontsize=9)
     by_size(axes[3], {system: (row["valid/text_loss"],) * 3 for system, row in numbers.items()})
     axes[3].set_title("held-out text, nats per token", fontsize=9)
-    axes[0].legend(fontsize=7)
+    name_systems(figure, axes[0])
     return figure
 
 
