@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import difflib
 import importlib
-import operator
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,10 +125,12 @@ def _commands_of(file: str, place: Place) -> tuple[list[Command], str | None]:
         if problem is not None:
             wrong[line.number] = problem
     for number, command in commands.items():
-        above, others = ([folder for at, folder in folders.items() if folder and test(at, number)] for test in (operator.lt, operator.ne))
-        in_any_order = set(problems_of(command.config, place, to_come=others))
+        above = [folder for at, folder in folders.items() if folder and at < number]
+        below = [folder for at, folder in folders.items() if folder and at > number]
         problems = problems_of(command.config, place, to_come=above)
-        problems = [text if text in in_any_order else f"{text}; a line below makes it: let that come first" for text in problems]
+        if problems and below:
+            in_any_order = problems_of(command.config, place, to_come=[*above, *below])
+            problems = [text if text in in_any_order else f"{text}; a line below makes it: let that come first" for text in problems]
         if command.fresh and place.rank == 0:
             with contextlib.suppress(OSError):  # which the run itself says
                 problems += filter(None, [not_fresh(Path(command.config.run.dir))])

@@ -35,7 +35,7 @@ fi
 demonstrations=("data.train=$data/demonstrations.jsonl" "data.valid=$data/demonstrations_valid.jsonl")
 text=("data.pretraining.prefix=$data/corpus" "data.pretraining.valid_prefix=$data/corpus_heldout")
 
-# The base model, the SFT baseline, the model that PPO starts from
+# The base model, the SFT baseline, the model that PPO starts from, the reward model; then PPO-ptx, plain PPO, and the evaluation of each
 line pretrain pretrain.yaml run.dir="$runs/base" data.prefix="$data/corpus" data.valid_prefix="$data/corpus_heldout" --smoke steps=4 schedule.warmup_steps=1
 line sft sft.yaml run.dir="$runs/sft" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256
 line sft ppo_init.yaml run.dir="$runs/ppo_init" model.load="$runs/base" "${demonstrations[@]}" "${text[@]}" --smoke epochs=1 batch_size=256

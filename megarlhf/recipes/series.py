@@ -93,8 +93,8 @@ class Series:
         from megarlhf.runs.agreement import refuse_together, require_same_config
 
         refuse_together(problems, self.world)
-        counts = gather_objects([(command.config.stage, command.fresh) for command in self.commands])
-        if others := [rank for rank, found in enumerate(counts) if found != counts[0]]:
+        read = gather_objects([(command.config.stage, command.fresh) for command in self.commands])
+        if others := [rank for rank, found in enumerate(read) if found != read[0]]:
             ranks = ", ".join(map(str, others))
             refuse_together([f"rank {ranks} of {self.world.size} read other commands than rank 0: is it an old copy?"], self.world)
         for command in self.commands:
