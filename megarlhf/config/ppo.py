@@ -47,6 +47,10 @@ class PpoDataConfig:
     """Text for the pretraining term and for the language-model loss on held-out text."""
 
 
+MOST_OF_START = 0.2
+"""Share of the first weights in a run's average above which it is asked whether that is meant."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PpoSettings:
     """PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2 and Appendix C.4)."""
@@ -124,6 +128,8 @@ class PpoSettings:
             found.append(f"advantages {self.advantages} compares the samples of a prompt: samples_per_prompt must be at least 2, got 1")
         if rest := self.batch_size % self.minibatch_size:
             found.append(f"batch_size {self.batch_size} must be divisible by minibatch_size {self.minibatch_size}; rest {rest}")
+        if self.adaptive_kl is not None and self.kl_coef == 0:
+            found.append("kl_coef 0 stays 0 with adaptive_kl, which multiplies it: start above 0, or set adaptive_kl to null")
         if self.ptx_coef and self.ptx_ratio * self.batch_size > ROWS:
             rows = f"ptx_ratio {self.ptx_ratio} times batch_size {self.batch_size}"
             found.append(f"{rows} must be at most {ROWS} rows, got {self.ptx_ratio * self.batch_size}: {WHOLE_BATCH}")
@@ -131,14 +137,23 @@ class PpoSettings:
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        found = warmup_doubts("warmup_iterations", self.warmup_iterations, self.iterations)
+        found = warmup_doubts("warmup_iterations", self.warmup_iterations, self.iterations) + self._average_doubts()
         if self.unfinished_penalty is not None and self.unfinished_penalty > 0:
             found.append(f"unfinished_penalty {self.unfinished_penalty:g} is above 0: it would reward responses that do not end")
-        if self.kl_coef == 0 and self.adaptive_kl is None:
+        if self.kl_coef == 0:
             found.append("kl_coef 0 lets the policy move away from the reference freely")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             found.append("kl_estimator k1 in the loss pulls nowhere: its gradient is 0 on average; k2 and k3 have one")
         return found + [f"{key} has no effect with advantages {self.advantages}" for key in self._idle()]
+
+    def _average_doubts(self) -> list[str]:
+        """A decay that is as slow as for a longer run: what is evaluated and handed on is then mostly what the run began with."""
+        left, papers = self.ema_decay**self.iterations, 0.992**500
+        if left <= MOST_OF_START:
+            return []
+        how = f"ema_decay {self.ema_decay:g} over {self.iterations} iterations leaves {100 * left:.0f} % of the first weights"
+        like_papers = f"{papers ** (1 / self.iterations):.3g} leaves {100 * papers:.0f} %, as the paper does"
+        return [f"{how} in the average, which is evaluated and which later stages load; {like_papers}"]
 
     def _idle(self) -> list[str]:
         """Keys that are given and that the estimator of advantages does not read."""
