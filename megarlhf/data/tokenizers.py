@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
     """The file; a chat template is looked for beside it (`data/chat.py`)."""
     controls: Mapping[str, int]
     """The names and ids of the control tokens."""
+    unopened: str
+    """What is to be said of a token that transformers writes before every text, and this program does not; empty where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
@@ -116,6 +118,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
         self._controls = controls | ({impossible} & {self.pad_id})
         self.path, self.controls = path, {model.id_to_piece(i): i for i in sorted(controls)}
+        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, _configured_opening(path, named))
         self._id_of_mark = {mark: i for i, mark in marks_of(controls).items()}
         rewritten = _read(path, lambda: sentencepiece_without(content, controls))
         self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
@@ -165,6 +168,9 @@ class HuggingFaceTokenizer:
         self.path, self._original = path, model
         self.controls = {name: i for name, i in vocab.items() if i in controls | {self.eos_id}}
         self._mark_of_id = marks_of(self.controls.values())
+        opened = next(iter(model.encode("").ids), None)  # what its file puts around a text
+        opening = opened if opened in self.controls.values() else _configured_opening(path, named)
+        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, opening)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText."""
@@ -237,6 +243,21 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
         raise ValueError(f"{path} has no token {eos!r}, which {who} names as the end of a text; name one that it has with eos_token=")
     names["eos_token"] = eos
     return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}
+
+
+def _configured_opening(path: Path, named: Mapping[str, int]) -> int | None:
+    """The id of the token that a `tokenizer_config.json` has transformers write before each text, if any."""
+    config = path.with_name("tokenizer_config.json")
+    return named.get("bos_token") if config.is_file() and read_json(config).get("add_bos_token") is True else None
+
+
+def _unopened(path: Path, names: Mapping[int, str], opening: int | None) -> str:
+    if opening is None:
+        return ""
+    return (
+        f"{path}: transformers writes {names.get(opening, opening)} before each text, and plain text has none here; a model that was "
+        "trained with it expects it: write records as messages, whose template brings it"
+    )
 
 
 def _no_eos(path: Path) -> str:

@@ -61,7 +61,7 @@ class Records:
         self.limits = limits
         self.world = world
         self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = [tokenizer.unopened] if tokenizer.unopened else []
         """What was read, what of it was left out and why, and what of it is doubtful: a line for each."""
         self.fingerprints: dict[str, str] = {"tokenizer": tokenizer.fingerprint}
         """"tokenizer", and the key of each file that was read -> a hash of its content as the run sees it."""

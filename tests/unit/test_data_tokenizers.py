@@ -208,6 +208,28 @@ def test_a_text_that_a_model_can_only_write_with_its_end_is_refused(tmp_path):
     assert load_tokenizer(tmp_path, eos_token="b").encode("b") == [0]
 
 
+@pytest.mark.parametrize("how", ["file", "configuration", "sentencepiece"])
+def test_a_token_that_transformers_writes_before_each_text_is_said(folders, tmp_path, how):
+    """As Llama's and OPT's tokenizers do: models that were trained with it answer otherwise without."""
+    if how == "sentencepiece":
+        file = next((folders / "sentencepiece").glob("*.model"))
+        shutil.copy(file, tmp_path)
+        bos = "<s>"
+    else:
+        model, bos = byte_level(300, ["<start>", "</s>"]), "<start>"
+        if how == "file":
+            model.post_processor = tokenizers.processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 0)])
+        model.save(str(tmp_path / "tokenizer.json"))
+    said = {}
+    for add in (None, False, True):
+        config = {"bos_token": bos, "eos_token": "</s>"} | ({"add_bos_token": add} if add is not None else {})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        said[add] = load_tokenizer(tmp_path).unopened
+        assert load_tokenizer(tmp_path).encode("a")[0] != load_tokenizer(tmp_path).controls[bos]
+    assert f"transformers writes {bos} before each text, and plain text has none here" in said[True]
+    assert bool(said[None]) == bool(said[False]) == (how == "file")
+
+
 def test_one_text_has_one_encoding(folders, tmp_path):
     path = shutil.copytree(folders / "huggingface", tmp_path / "dropout") / "tokenizer.json"
     tree = json.loads(path.read_text())

@@ -16,7 +16,7 @@ LIMITS = {"max_prompt_len": 9, "max_response_len": 9}
 class Letters:
     """A token per letter of the first 128; 0 ends."""
 
-    vocab_size, eos_id, pad_id, unk_id, fingerprint = 128, 0, 1, 2, "letters"
+    vocab_size, eos_id, pad_id, unk_id, fingerprint, unopened = 128, 0, 1, 2, "letters", ""
 
     def encode(self, text):
         return [ord(letter) if ord(letter) < 128 else 2 for letter in text]
@@ -109,6 +109,14 @@ def test_what_is_skipped_is_said_line_by_line(tmp_path):
     assert [note.split(": ")[0] for note in read.notes[1:6]] == [f"  skipped {path}:{line}" for line in range(2, 7)]
     assert read.notes[6:8] == ["  and 2 more", f"{path}: kept 1 of 2 records, skipped 1 (1 response over limit)"]
     assert read.notes[8].startswith(f"  skipped {path}:9: response over limit: response has 13 tokens + EOS")
+
+
+def test_a_token_that_plain_text_lacks_is_said_first(tmp_path):
+    tokenizer = Letters()
+    tokenizer.unopened = "tok: transformers writes <s> before each text"
+    read = Records(tokenizer, LimitsConfig(**LIMITS))
+    read.prompts("data.prompts", write(tmp_path / "a.jsonl", *READ["prompts"]))
+    assert read.notes[0] == tokenizer.unopened and len(read.notes) == 2
 
 
 def test_what_the_tokenizer_loses_is_said_for_each_file(tmp_path):
