@@ -73,14 +73,14 @@ def test_rankings_are_counted_by_prompt_and_by_pair():
     batch = RankingBatch(tokens=torch.zeros(7, 2).long(), lengths=torch.full((7,), 2), ranks=ranks, prompt_index=prompt_index)
     scores = Table(1).scores(batch)
     metrics = ranking_metrics(scores, batch)
-    losses, right = [], []
+    losses, every_gap = [], []
     for prompt in range(3):
         rows = (prompt_index == prompt).nonzero().flatten().tolist()
         gaps = [float(scores[i] - scores[j]) for i, j in itertools.permutations(rows, 2) if ranks[i] < ranks[j]]
         losses.append(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps) if gaps else 0.0)
-        right += [gap > 0 for gap in gaps]
-    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
-    assert len(right) == 4
+        every_gap += gaps
+    expected = {"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(gap > 0 for gap in every_gap) / 4}
+    assert metrics == pytest.approx(expected | {"valid/score_gap": sum(every_gap) / 4}, rel=1e-5) and len(every_gap) == 4
     tied = dataclasses.replace(batch, ranks=torch.ones(7).long())
     assert ranking_metrics(scores, tied) == {}
 

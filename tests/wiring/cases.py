@@ -321,7 +321,7 @@ GENERATE = [
 ]
 
 ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
-RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
+RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/score_gap evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
 ONLY = "prompts=null reference=null demonstrations=null rankings=null text=null"
 WON = f"win_rate.responses={R}/answers_a.jsonl win_rate.against={R}/answers_b.jsonl win_rate.labels={R}/labels.jsonl"
 RATED = "evaluation/win_rate/* stdout said/* fingerprints/* files passes/*"
