@@ -107,12 +107,16 @@ class Records:
         """{"prompt", "response"} as rows, their order kept; none without a path."""
         return self._rows(key, path, read_answers, answer_rows, answers_fingerprint, **self._lengths())
 
-    def labels(self, path: str | None) -> list[Label]:
-        """Whose answers are better; none without a path."""
+    def labels(self, path: str | None, *, about: Sequence[Answer] = ()) -> list[Label]:
+        """Whose answers are better; none without a path. How many are about none of the answers `about`, if those are known, is noted."""
         if path is None:
             return []
         labels, report = _noting(self.problems, read_labels, path, on_bad_record=self.limits.on_bad_record) or ([], None)
         self._note(report)
+        known = {key for answer in about for key in (("id", answer.id), ("prompt", answer.prompt))}
+        if known and (others := [label for label in labels if label.key not in known]):
+            what = "are about none of the pairs of win_rate.responses and win_rate.against"
+            self.notes.append(f"{path}: {len(others)} of {len(labels)} labels {what}, {others[0].source} the first; is this meant?")
         return labels
 
     def pairs(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[int, int]]:
