@@ -62,7 +62,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text)."""
+        """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text).
+
+        Nor is an id beyond `vocab_size`, which a model may sample that has more: released ones are often padded.
+        """
         ...
 
     def encode_marked(self, text: str) -> list[list[int]]:
@@ -129,7 +132,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without the control tokens among them."""
-        return self._model.decode([int(i) for i in ids if i not in self._controls])
+        return self._model.decode([int(i) for i in ids if i not in self._controls and i < self.vocab_size])
 
     def encode_marked(self, text: str) -> list[list[int]]:
         """Token ids by parts of a marked text (see `Tokenizer`); what is between two marks is encoded like a text of its own."""

@@ -54,6 +54,7 @@ def test_text_comes_back_as_it_was(folders, kind):
         ids = tokenizer.encode(text)
         assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id for i in ids)
         assert tokenizer.decode(ids) == tokenizer.decode([*ids, tokenizer.eos_id]) == text
+        assert tokenizer.decode([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 70]) == text  # a padded model may sample them
     # Joined where a prompt ends and its response begins, the text is the two texts joined.
     assert tokenizer.decode([*tokenizer.encode("Ask"), *tokenizer.encode("answer")]) == "Askanswer"
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
