@@ -24,6 +24,7 @@ EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[E
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 
 
+CONFIG_FILE = "tokenizer_config.json"
 CONFIGURED_NAMES = ("eos_token", "pad_token", "bos_token")
 """What a `tokenizer_config.json` may name; no text may yield any of them."""
 
@@ -54,6 +55,8 @@ class Tokenizer(Protocol):
     """The file; a chat template is looked for beside it (`data/chat.py`)."""
     controls: Mapping[str, int]
     """The names and ids of the control tokens."""
+    opening: str | None
+    """The control token that other programs begin every text with, as the files say; nothing here does, but a chat template may."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
@@ -116,6 +119,8 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
         self._controls = controls | ({impossible} & {self.pad_id})
         self.path, self.controls = path, {model.id_to_piece(i): i for i in sorted(controls)}
+        opens = _configured(path).get("add_bos_token") is True and "bos_token" in named
+        self.opening = model.id_to_piece(named["bos_token"]) if opens else None
         self._id_of_mark = {mark: i for i, mark in marks_of(controls).items()}
         rewritten = _read(path, lambda: sentencepiece_without(content, controls))
         self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
@@ -164,6 +169,8 @@ class HuggingFaceTokenizer:
         self._model = _read(path, lambda: huggingface_without(model, self._controls))
         self.path, self._original = path, model
         self.controls = {name: i for name, i in vocab.items() if i in controls | {self.eos_id}}
+        first, bare = (_read(path, lambda: model.encode("a", add_special_tokens=added).ids)[:1] for added in (True, False))  # noqa: B023
+        self.opening = model.id_to_token(first[0]) if first != bare and self._controls.issuperset(first) else None
         self._mark_of_id = marks_of(self.controls.values())
 
     def encode(self, text: str) -> list[int]:
@@ -229,14 +236,19 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
 
     ValueError where the vocabulary lacks the EOS that is named: another one would end nothing that was meant to end.
     """
-    config = path.with_name("tokenizer_config.json")
-    tree = read_json(config) if config.is_file() else {}
+    config, tree = path.with_name(CONFIG_FILE), _configured(path)
     names = {key: value.get("content") if isinstance(value := tree.get(key), dict) else value for key in CONFIGURED_NAMES}
     eos, who = (eos_token, "eos_token") if eos_token is not None else (names["eos_token"], f"eos_token in {config}")
     if eos is not None and (not isinstance(eos, str) or eos not in vocab):
         raise ValueError(f"{path} has no token {eos!r}, which {who} names as the end of a text; name one that it has with eos_token=")
     names["eos_token"] = eos
     return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}
+
+
+def _configured(path: Path) -> dict:
+    """The tokenizer_config.json beside a tokenizer's file; empty where there is none."""
+    config = path.with_name(CONFIG_FILE)
+    return read_json(config) if config.is_file() else {}
 
 
 def _no_eos(path: Path) -> str:

@@ -184,9 +184,18 @@ class Records:
             self._note(report)
             self._note(fit if fit.num_skipped else None)
             self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
+            self.notes += self._unopened(path, records)
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows
+
+    def _unopened(self, path: str, records: Sequence) -> list[str]:
+        """A doubt where prompts are plain text, and the model was likely trained on texts that begin with a control token."""
+        opening = self.tokenizer.opening
+        if opening is None or not any(isinstance(getattr(record, "prompt", None), str) for record in records):
+            return []
+        begins = f"{self.tokenizer.path} has other programs begin every text with {opening}"
+        return [f"{path}: is this meant? {begins}, and plain prompts begin without: a chat template can write it (docs/data.md, Chats)"]
 
     def _shares(self, records: Sequence | None) -> Shares:
         """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.

@@ -112,6 +112,25 @@ def test_eos_is_found_configured_or_named(tmp_path):
         load_tokenizer(tmp_path / "none.json")
 
 
+def test_what_other_programs_begin_a_text_with_is_known_and_never_written(folders, tmp_path):
+    shutil.copytree(folders / "huggingface", tmp_path / "huggingface")
+    file = tmp_path / "huggingface" / "tokenizer.json"
+    assert load_tokenizer(file).opening is None
+    model = tokenizers.Tokenizer.from_file(str(file))
+    begun = [("<|endoftext|>", model.token_to_id("<|endoftext|>"))]
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=begun)
+    model.save(str(file))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.opening == "<|endoftext|>" and tokenizer.encode("a") == load_tokenizer(folders / "huggingface").encode("a")
+
+    shutil.copytree(folders / "sentencepiece", tmp_path / "sentencepiece")
+    folder = tmp_path / "sentencepiece"
+    assert load_tokenizer(folder).opening is None
+    for adds, opening in ((True, "</s>"), (False, None)):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": adds}))
+        assert load_tokenizer(folder).opening == opening
+
+
 def test_sentencepiece_models_without_eos_or_pad(tmp_path):
     prefix = str(tmp_path / "m")
     kwargs = {"model_prefix": prefix, "vocab_size": 200, "user_defined_symbols": ["<stop>"], "minloglevel": 2, "model_type": "bpe"}

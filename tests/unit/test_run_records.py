@@ -16,7 +16,7 @@ LIMITS = {"max_prompt_len": 9, "max_response_len": 9}
 class Letters:
     """A token per letter of the first 128; 0 ends."""
 
-    vocab_size, eos_id, pad_id, unk_id, fingerprint = 128, 0, 1, 2, "letters"
+    vocab_size, eos_id, pad_id, unk_id, fingerprint, path, opening = 128, 0, 1, 2, "letters", "letters.json", None
 
     def encode(self, text):
         return [ord(letter) if ord(letter) < 128 else 2 for letter in text]
@@ -54,6 +54,17 @@ def test_a_file_smaller_than_a_batch_is_refused_with_the_way_out(tmp_path, kind)
     assert few.problems == [
         f"data.train: {path} has 3 records to draw from, fewer than the 4 of one batch; lower ppo.batch_size to 3 at most, or add records"
     ]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_plain_prompts_for_a_model_that_knows_texts_with_an_opening_are_doubted(tmp_path, kind):
+    path, opened, others = write(tmp_path / "a.jsonl", *READ[kind]), records(), records()
+    opened.tokenizer.opening = "<s>"
+    for read in (opened, others):
+        getattr(read, kind)("data.train", path)
+    (doubt,) = [note for note in opened.notes if "is this meant?" in note]
+    assert "letters.json has other programs begin every text with <s>, and plain prompts begin without" in doubt
+    assert not any("is this meant?" in note for note in others.notes)
 
 
 @pytest.mark.parametrize("kind", READ)
