@@ -92,7 +92,9 @@ def start() -> None:
 def _checked(options: argparse.Namespace) -> tuple[StageConfig | None, str | None]:
     """The configuration of a command, or what is wrong with it."""
     if not options.config:
-        return None, "--config is missing: give it the run's YAML file, such as examples/quickstart/sft.yaml"
+        named = [word for word in options.overrides if word.endswith((".yaml", ".yml")) and "=" not in word]
+        meant = f"write --config {named[0]}" if named else "give it the run's YAML file, such as examples/quickstart/sft.yaml"
+        return None, f"--config is missing: {meant}"
     if len(options.config) > 1:
         return None, f"--config is given {len(options.config)} times: {', '.join(options.config)}"
     try:

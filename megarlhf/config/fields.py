@@ -41,10 +41,16 @@ def type_name(annotation: Any) -> str:
         name = " | ".join(show(choice) for choice in get_args(inner))
     elif get_origin(inner) is tuple:
         kinds = get_args(inner)
-        name = f"list of {type_name(kinds[0])}" if kinds[-1] is Ellipsis else f"list [{', '.join(map(type_name, kinds))}]"
+        name = f"list of {_item_name(kinds[0])}" if kinds[-1] is Ellipsis else f"list [{', '.join(map(type_name, kinds))}]"
     else:
         name = "section" if is_dataclass(inner) else inner.__name__.lower()
     return f"{name} or null" if optional else name
+
+
+def _item_name(annotation: Any) -> str:
+    """What an item of a list is: of a section its keys, as no line of a file names it."""
+    inner = without_rules(without_none(annotation)[0])[0]
+    return f"{{{', '.join(field.name for field in fields(inner))}}}" if is_dataclass(inner) else type_name(annotation)
 
 
 def default_of(field: Field, section: Any) -> Any:

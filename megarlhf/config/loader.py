@@ -156,6 +156,8 @@ class _Builder:
             hint = f"; did you mean {show(close[0])}?" if close else ""
         if inner is str and isinstance(value, bool | int | float):
             hint = "; put it in quotes to make it a string"
+        if value is None:
+            hint = "; fill it in" if default is MISSING else f"; fill it in, or leave the key out, which gives {show(default)}"
         return self.refuse(path, f"{path}: expected {type_name(annotation)}, got {show(value)}{hint}")
 
     def scalar(self, kind: Any, value: Any, rules: tuple[Any, ...], path: str) -> Any:

@@ -12,6 +12,9 @@ from typing import Any, get_args
 from megarlhf.config.fields import annotations_of, join, sections_of, without_none, without_rules
 from megarlhf.config.rules import PathTo
 
+FETCHED_ELSEWHERE = ("run or checkpoint", "tokenizer")
+"""What other programs take by the name that it has on a hub, OWNER/MODEL."""
+
 
 def path_problems(config: Any, *, to_come: Collection[str] = ()) -> list[str]:
     """A sentence for every path that names nothing, or not what it must: with what is there instead.
@@ -117,7 +120,9 @@ def _missing(path: Path, what: str) -> str:
     """That nothing is there, and what is: the likeliest names first."""
     folder = path.parent
     if not folder.is_dir():
-        return f"there is no {what} {_cut(str(path))}, and no folder {_cut(str(folder))} (started in {Path.cwd()})"
+        hub = what in FETCHED_ELSEWHERE and len(path.parts) == 2 and not path.is_absolute()
+        hint = "; nothing is fetched from a model hub: download the folder, and `megarlhf convert` makes a checkpoint of it" if hub else ""
+        return f"there is no {what} {_cut(str(path))}, and no folder {_cut(str(folder))} (started in {Path.cwd()}){hint}"
     there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     close = difflib.get_close_matches(path.name, there, n=3)
     listed = [*close, *(name for name in there if name not in close)]

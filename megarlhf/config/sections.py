@@ -135,6 +135,8 @@ class ModelConfig:
 
     def violations(self) -> list[str]:
         """Rules within the section."""
+        if self.load is None and self.architecture is None and not isinstance(self, TrainedModelConfig):
+            return ["load must be given: a run's folder or a checkpoint to take weights from"]
         if (self.load is None) == (self.architecture is None):
             both = "both are" if self.load is not None else "neither is"
             return [f"load (weights of an earlier run) or architecture (fresh weights) must be given, and not both; {both}"]

@@ -1,7 +1,8 @@
 r"""The forms in which rankings come, each told by its fields and read as (prompt, responses, ranks).
 
 - ours: ``prompt`` or ``messages``, with ``responses`` and ``ranks``, or with ``chosen`` and ``rejected``;
-- two chats: ``chosen`` and ``rejected`` are whole lists of messages that differ in the last, the assistant's;
+- two chats: ``chosen`` and ``rejected`` are whole lists of messages that differ in the last, the assistant's, or that message alone
+  beside ``messages``;
 - two transcripts, as Anthropic's HH has them (Bai et al. 2022): ``chosen`` and ``rejected`` alone, in which
   "\n\nHuman: " and "\n\nAssistant: " begin the turns; the prompt is all up to the last "\n\nAssistant:";
 - OpenAI's summarize-from-feedback (Stiennon et al. 2020): ``info``, ``summaries``, ``choice``. The prompt is written as theirs
@@ -69,7 +70,7 @@ def _of_its_form(source: str, record: dict) -> Comparison:
 
 
 def _pair(source: str, record: dict) -> Comparison:
-    if any(isinstance(record.get(name), list) for name in ("chosen", "rejected")) and "messages" not in record:
+    if any(isinstance(record.get(name), list) for name in ("chosen", "rejected")):
         return _two_chats(source, record)
     if record.keys() & {"prompt", "messages"}:
         prompt = prompt_of(source, record)
@@ -94,6 +95,11 @@ def _last_answer(transcript: str) -> tuple[str, str]:
 
 def _two_chats(source: str, record: dict) -> Comparison:
     chosen, rejected = (messages_field(source, record, name, last="assistant") for name in ("chosen", "rejected"))
+    if "messages" in record and record["messages"] != record["chosen"]:  # some data sets repeat the better chat for SFT
+        prompt = prompt_of(source, record)
+        chosen, rejected = ((*prompt, *chat) if len(chat) == 1 else chat for chat in (chosen, rejected))
+        if chosen[:-1] != prompt:
+            raise BadRecord(source, "two prompts in one", 'the "messages" are not those before the answers', "Leave one of the two out.")
     if chosen[:-1] != rejected[:-1]:
         raise _other_question(source, next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0), "message")
     if len(chosen) < 2:

@@ -44,7 +44,7 @@ def field_of(source: str, record: dict, name: str) -> Any:
     """The value of a field that must be there."""
     if name not in record:
         have = ", ".join(f'"{key}"' for key in record) or "no field"
-        raise BadRecord(source, "missing field", f'no "{name}" among {have}', f'Add "{name}" to the record.')
+        raise BadRecord(source, "missing field", f'no "{name}" among {have}', f'Add "{name}" to the record; docs/data.md has the forms.')
     return record[name]
 
 
@@ -60,6 +60,23 @@ def messages_field(source: str, record: dict, name: str, *, last: str) -> Messag
         detail = f'"{name}" ends with the role {messages[-1].role!r}, not {last!r}'
         raise BadRecord(source, "wrong last turn", detail, f"End it with the {last}'s turn.")
     return messages
+
+
+def answer_field(source: str, record: dict, name: str) -> str:
+    """The text of an answer, written as a text or as a list of the assistant's one message."""
+    if not isinstance(record.get(name), list):
+        return text_field(source, record, name)
+    messages = messages_field(source, record, name, last="assistant")
+    if len(messages) > 1:
+        raise BadRecord(source, "several turns", f'"{name}" has {len(messages)} messages', "An answer is one message of the assistant's.")
+    return messages[0].content
+
+
+def as_named_here(record: dict) -> dict:
+    """A record whose "prompt" is a list of messages, as TRL's data sets have it, with the list as "messages"."""
+    if not isinstance(record.get("prompt"), list) or "messages" in record:
+        return record
+    return {"messages" if name == "prompt" else name: value for name, value in record.items()}
 
 
 def responses_field(source: str, record: dict) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+AS_LINES = {b"[": " `jq -c '.[]' FILE` makes such lines of an array.", b"{": " `jq -c . FILE` makes such lines of spread-out objects."}
+"""What a file begins with that holds JSON in another way -> how to make lines of it."""
 ROWS_AT_ONCE = 256  # of a parquet file in memory
 
 
@@ -75,9 +77,11 @@ def json_record(source: str, line: bytes) -> dict:
     except UnicodeDecodeError as error:
         raise BadRecord(source, "invalid UTF-8", f"byte {error.start} of the line", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        raise BadRecord(source, "broken JSON", str(error), "Write one complete JSON object per line.") from error
+        way_out = f"Write one complete JSON object per line.{AS_LINES.get(line.strip(), '')}"
+        raise BadRecord(source, "broken JSON", str(error), way_out) from error
     if not isinstance(record, dict):
-        raise BadRecord(source, "not an object", f"the line is {kind_of(record)}", 'Write an object per line: {"prompt": ...}.')
+        way_out = f'Write an object per line: {{"prompt": ...}}.{AS_LINES[b"["] if isinstance(record, list) else ""}'
+        raise BadRecord(source, "not an object", f"the line is {kind_of(record)}", way_out)
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ def load_function(path_and_name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's program may raise
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}{found_at(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
         raise ValueError(f"{path} has no function {name}; it has {', '.join(there[:12]) or 'none'}")
     return function
+
+
+def found_at(error: BaseException, path: str, *more: str) -> str:
+    """Where in the file at `path` an error came up and what `more` is known of it, " (at file.py:7, ...)"; empty where nothing is."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    known = [*([f"at {path}:{lines[-1]}"] if lines else []), *filter(None, more)]
+    return f" ({', '.join(known)})" if known else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megarlhf.data.comparisons import comparison_of, prompt_of, require_one_question
-from megarlhf.data.fields import Messages, messages_field, name_field, text_field
+from megarlhf.data.fields import Messages, answer_field, as_named_here, messages_field, name_field, text_field
 from megarlhf.data.files import BadRecord, OtherRecord, record_of, stored_records
 
 OnBadRecord = Literal["raise", "skip"]
@@ -89,11 +89,17 @@ class Prompt:
 
 
 def read_demonstrations(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Demonstration], RecordReport]:
-    """Read ``{"prompt", "response"}``, or ``{"messages"}`` that end with the assistant's turn. Raises BadRecord."""
+    """Read ``{"prompt", "response"}``, or ``{"messages"}`` that end with the assistant's turn. Raises BadRecord.
+
+    A response may be called "completion", and both may be lists of messages.
+    """
 
     def convert(source: str, record: dict) -> Demonstration:
+        answer = "completion" if "completion" in record and "response" not in record else "response"
         if "messages" not in record:
-            return Demonstration(text_field(source, record, "prompt"), text_field(source, record, "response"), source)
+            return Demonstration(text_field(source, record, "prompt"), text_field(source, record, answer), source)
+        if isinstance(record.get(answer), list):
+            return Demonstration(prompt_of(source, record), answer_field(source, record, answer), source)
         messages = messages_field(source, record, "messages", last="assistant")
         require_one_question(source, record, messages)
         if len(messages) < 2:
@@ -186,6 +192,6 @@ def sift(source: str, items: Iterable[T], convert: Callable[[T], R], *, on_bad_r
 def _read(path: str | Path, convert: Callable[[str, dict], R], on_bad_record: OnBadRecord) -> tuple[list[R], RecordReport]:
     def convert_stored(item: tuple[str, bytes | dict]) -> R:
         source, stored = item
-        return convert(source, record_of(source, stored))
+        return convert(source, as_named_here(record_of(source, stored)))
 
     return sift(str(path), stored_records(path), convert_stored, on_bad_record=on_bad_record)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megarlhf.config.sections import TrainedModelConfig
 from megarlhf.engine.footprint import bytes_kept
+from megarlhf.models.architecture import Architecture
 from megarlhf.models.transformer import DTYPES, layout_violations
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.planning.calibration import Line, Sampling, Training
@@ -82,7 +83,7 @@ class CheapModel:
     """The cheap model of one run on one cluster."""
 
     def __init__(
-        self, path: Path, overrides: Sequence[str], given: dict[str, dict], cluster: Cluster, *, processes: int = PROCESSES
+        self, path: Path, overrides: Sequence[str], given: dict[str, Architecture | dict], cluster: Cluster, *, processes: int = PROCESSES
     ) -> None:
         """Run the small dry runs, so many at a time. ConfigError where the configuration is not valid."""
         self.cluster = cluster
@@ -131,9 +132,8 @@ class CheapModel:
                 batches = max(1.0, self._sampled / dp / self._slots(size))
                 self.sampling[tp, size] = Sampling.measured(one, two, self.role, dp=dp, batches=batches)
 
-    def _few_layers(self, layers: int) -> dict:
-        fields = {name: value for name, value in vars(self.plan.architecture).items() if name != "vocab_size"}
-        return fields | {"num_layers": layers}
+    def _few_layers(self, layers: int) -> Architecture:
+        return replace(self.plan.architecture, num_layers=layers)
 
     def _small(self, key: tuple[int, str, int], layers: int) -> Job:
         """One rank of so few layers on one stage, and of no more copies than give every micro-batch all its rows."""

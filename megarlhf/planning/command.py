@@ -18,6 +18,7 @@ from megarlhf.planning.hardware import GB, GPUS, RESERVED_BYTES, Cluster
 from megarlhf.storage.files import system_error
 
 if TYPE_CHECKING:
+    from megarlhf.models.architecture import Architecture
     from megarlhf.planning.plan import Plan
 
 MOST_TRIED = 3
@@ -73,7 +74,7 @@ def _said(plan: Plan, options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluster) -> int:
+def _search(options: argparse.Namespace, given: dict[str, Architecture | dict], cluster: Cluster) -> int:
     from megarlhf.planning.cheap_model import CheapModel
     from megarlhf.planning.plan import make_plan
     from megarlhf.planning.search import as_text as as_ranking
@@ -95,14 +96,14 @@ def _search(options: argparse.Namespace, given: dict[str, dict], cluster: Cluste
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from megarlhf.models.architecture import make_architecture
+    from megarlhf.planning.models import named_architecture
     from megarlhf.planning.reshard_command import as_text, parse_layout, traffic
 
     source = parse_layout(options.source)
     target = parse_layout(options.target, source.num_ranks)
     options.nodes = -(-max(source.ranks.stop, target.ranks.stop) // max(1, options.gpus_per_node))
     try:
-        architecture = make_architecture(options.preset, vocab_size=options.vocab_size)
+        architecture = named_architecture(options.preset, vocab_size=options.vocab_size)
     except ValueError as error:
         raise ConfigError(f"--preset: {error}") from error
     cluster = cluster_of(options)
@@ -125,17 +126,27 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     )
 
 
-def _assignment(word: str) -> tuple[str, dict]:
-    """ "policy=gpt3-175b" or "policy={num_layers: 80, ...}" as (model, fields of an architecture)."""
+def _assignment(word: str) -> tuple[str, Architecture | dict]:
+    """ "policy=gpt3-175b" or "policy={num_layers: 80, ...}" as (model, fields of an architecture); a path as (model, what is there)."""
+    from megarlhf.models.architecture import PRESETS
+    from megarlhf.planning.models import named_architecture
+
     role, equals, text = word.partition("=")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = None
     if not role or not isinstance(value, str | dict):
-        form = "MODEL=PRESET, such as policy=gpt3-175b, or MODEL={num_layers: ..., ...}"
+        form = "MODEL=PRESET, such as policy=gpt3-175b, MODEL=PATH of a Hugging Face config.json, or MODEL={num_layers: ..., ...}"
         raise ConfigError(f"--architecture {word}: it is given as {form}")
-    return role, {"preset": value} if isinstance(value, str) else value
+    if isinstance(value, dict):
+        return role, value
+    if value in PRESETS:
+        return role, {"preset": value}  # with the vocabulary of the run's tokenizer
+    try:
+        return role, named_architecture(value, vocab_size=0)
+    except ValueError as error:
+        raise ConfigError(f"--architecture {role}: {error}") from error
 
 
 def _failed(problem: str, status: int) -> int:
@@ -149,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster (default: 1)")
     _add_hardware(parser)
     parser.add_argument(
-        "--architecture", action="append", default=[], metavar="MODEL=PRESET", help="what a model is whose checkpoint is not here"
+        "--architecture", action="append", default=[], metavar="MODEL=WHAT",
+        help="what a model is whose checkpoint is not here: a preset such as gpt3-13b, the path of a Hugging Face folder or config.json, "
+        "or {num_layers: ..., hidden_size: ..., num_heads: ...}",
     )
     parser.add_argument("--search", action="store_true", help="look for the fastest layout that fits, and plan that")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -165,8 +178,8 @@ def _reshard_parser() -> argparse.ArgumentParser:
     target = "the generation layout, such as tp8pp1; without dp it is over all ranks of training"
     parser.add_argument("--from", dest="source", required=True, metavar="LAYOUT", help=source)
     parser.add_argument("--to", dest="target", required=True, metavar="LAYOUT", help=target)
-    parser.add_argument("--preset", required=True, help="the model, such as gpt3-175b")
-    parser.add_argument("--vocab-size", type=int, default=50257, help="ids of its vocabulary (default: GPT-2's %(default)d)")
+    parser.add_argument("--preset", required=True, help="the model, such as gpt3-175b, or the path of a Hugging Face config.json")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="ids of a preset's vocabulary (default: GPT-2's %(default)d)")
     _add_hardware(parser)
     return parser
 

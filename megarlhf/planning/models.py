@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megarlhf.config import ConfigError, load_stage_config
 from megarlhf.config.architecture import ArchitectureConfig
 from megarlhf.config.sections import ModelConfig, ParallelConfig
 from megarlhf.config.stage import StageConfig
+from megarlhf.conversion.configuration import architecture_from_hf
 from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.engine.checkpoint import saved_architecture
 from megarlhf.models.architecture import PRESETS, Architecture, make_architecture
@@ -20,6 +22,8 @@ from megarlhf.resharding.plan import nearest_layout
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.runs.models import ModelPlan, chosen_model
 from megarlhf.runs.row_lengths import row_lengths
+from megarlhf.storage.checkpoints import STATE_FILE
+from megarlhf.storage.files import read_json
 
 HEADS = {
     "pretrain": {"model": "lm"},
@@ -30,6 +34,7 @@ HEADS = {
 }
 """Stage -> the models that it may name, and their heads."""
 GPT2_VOCAB = 50257
+HF_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,12 @@ class RunModels:
     """Layouts that are too large for so few ranks, and were planned with fewer stages: such a run does not start."""
 
 
-def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], num_ranks: int) -> RunModels:
+def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, Architecture | dict], num_ranks: int) -> RunModels:
     """Resolve the models of the run that the YAML file at `path` describes.
 
-    Where a model's `load` is not there, its architecture is that of `given` (role -> fields), else of the YAML file beside `path`, or in
-    a folder beside that one, whose run.dir it is; else of the preset after whose size a part of its path is named.
+    A model's architecture is that of `given` (role -> it, or its fields), else of the checkpoint or Hugging Face folder at its `load`.
+    Where nothing is there, it is that of the YAML file beside `path`, or in a folder beside that one, whose run.dir `load` is; else of
+    the preset after whose size a part of its path is named.
 
     ConfigError lists whatever does not fit.
     """
@@ -62,7 +68,7 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
     if unknown := given.keys() - HEADS[config.stage].keys():
         known = ", ".join(HEADS[config.stage])
         raise ConfigError(f"--architecture {', '.join(sorted(unknown))}: the models of {config.stage} are {known}")
-    architectures = _Architectures(path, given, _vocab_size(config, notes), notes)
+    architectures = _Architectures(path, given, config, notes)
     plans, problems, shrunk = {}, [], []
     for role, head in HEADS[config.stage].items():
         model = getattr(config, role)
@@ -71,6 +77,8 @@ def run_models(path: Path, overrides: Sequence[str], given: Mapping[str, dict], 
         try:
             architecture = architectures.of(role, head, model)
             layout = _layout(role, model.parallel or config.parallel, architecture, num_ranks, shrunk)
+        except ConfigError as error:  # the tokenizer's, not this model's
+            raise ConfigError("\n".join([*problems, str(error)])) from error
         except ValueError as error:
             problems.append(f"{role}: {error}")
             continue
@@ -114,12 +122,24 @@ def _layout(
     return layout
 
 
-def _vocab_size(config: StageConfig, notes: list[str]) -> int:
-    path = Path(config.tokenizer.path)
-    if path.exists():
-        return load_tokenizer(path, eos_token=config.tokenizer.eos_token).vocab_size
-    notes.append(f"tokenizer.path {path} is not here: GPT-2's vocabulary of {GPT2_VOCAB} is assumed")
-    return GPT2_VOCAB
+def named_architecture(text: str, *, vocab_size: int) -> Architecture:
+    """The architecture of a preset, or of the Hugging Face folder or config.json at a path. ValueError where it is neither."""
+    if text not in PRESETS and not Path(text).exists():
+        raise ValueError(f"{text} is neither a preset ({', '.join(PRESETS)}) nor the path of a Hugging Face folder or its {HF_CONFIG}")
+    return make_architecture(text, vocab_size=vocab_size) if text in PRESETS else _described_by(Path(text))
+
+
+def _described_by(path: Path) -> Architecture:
+    """What a Hugging Face config.json, or that in a folder, describes. ValueError where it cannot be read or is none of ours."""
+    file = path / HF_CONFIG if path.is_dir() else path
+    try:
+        return architecture_from_hf(read_json(file))
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    return (folder / HF_CONFIG).is_file() and not (folder / STATE_FILE).exists()
 
 
 def _made_of(fields: dict, vocab_size: int) -> Architecture:
@@ -134,15 +154,31 @@ def _made_of(fields: dict, vocab_size: int) -> Architecture:
 class _Architectures:
     """Finds the architecture of each model."""
 
-    def __init__(self, path: Path, given: Mapping[str, dict], vocab_size: int, notes: list[str]) -> None:
-        self.path, self.given, self.vocab_size, self.notes = path, given, vocab_size, notes
+    def __init__(self, path: Path, given: Mapping[str, Architecture | dict], config: StageConfig, notes: list[str]) -> None:
+        self.path, self.given, self.tokenizer, self.notes = path, given, config.tokenizer, notes
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Of the run's tokenizer, for models that are told by their sizes alone. ConfigError where the tokenizer cannot be read."""
+        path = Path(self.tokenizer.path)
+        if not path.exists():
+            self.notes.append(f"tokenizer.path {path} is not here: GPT-2's vocabulary of {GPT2_VOCAB} is assumed")
+            return GPT2_VOCAB
+        try:
+            return load_tokenizer(path, eos_token=self.tokenizer.eos_token).vocab_size
+        except ValueError as error:
+            raise ConfigError(f"tokenizer: {error}") from error
 
     def of(self, role: str, head: str, model: ModelConfig) -> Architecture:
         """ValueError where nothing says it, with the way out."""
         if role in self.given:
-            return _made_of(self.given[role], self.vocab_size)
+            given = self.given[role]
+            return given if isinstance(given, Architecture) else _made_of(given, self.vocab_size)
         if model.load is None:
             return self._configured(model)
+        if _is_hugging_face(Path(model.load)):
+            self.notes.append(f"{role}: {model.load} is a Hugging Face folder, planned by its {HF_CONFIG}; a run needs it converted")
+            return _described_by(Path(model.load))
         if Path(model.load).exists():
             saved = find_source(model.load)
             return saved_architecture(saved, chosen_model(saved, model.load_model, role, head))
@@ -167,7 +203,7 @@ class _Architectures:
                 return make_architecture(sizes[part], vocab_size=self.vocab_size)
         raise ValueError(
             f"load {model.load} is not here, and no YAML file beside {path} makes it: "
-            f"say what it is, --architecture {role}=PRESET ({', '.join(PRESETS)})"
+            f"say what it is, --architecture {role}=PRESET ({', '.join(PRESETS)}), or {role}=PATH of a Hugging Face {HF_CONFIG}"
         )
 
     @staticmethod

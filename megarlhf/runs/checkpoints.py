@@ -16,6 +16,8 @@ from megarlhf.storage.files import read_json, write_atomically
 
 BEST_FILE = "best.json"
 NAME = re.compile(r"step_([0-9]{8,})")
+FOREIGN = ("config.json", "latest_checkpointed_iteration.txt", ".metadata")
+"""By which Hugging Face's folders, Megatron-LM's and one of its checkpoints are known."""
 PARTIAL = re.compile(NAME.pattern + r"(\.replaced)?\.partial")
 
 
@@ -110,5 +112,7 @@ def _what_is_at(folder: Path) -> str:
         parent = next((above for above in folder.parents if above.is_dir()), Path("."))
         names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
         return f"there is no such folder; {parent.absolute()} has: {', '.join(names[:12]) or 'no folders'}"
+    if any((folder / name).is_file() for name in FOREIGN):
+        return f"what is there is another program's: `megarlhf convert --from {folder} --to FOLDER` makes a checkpoint of it"
     names = sorted(path.name for path in folder.iterdir())
     return f"it holds: {', '.join(names[:12]) or 'nothing'}"

@@ -231,7 +231,8 @@ class Run:
             write_atomically(self.dir / ENVIRONMENT_FILE, json.dumps(environment(self.world), indent=1) + "\n")
 
     def _open_logs(self, step: int) -> None:
-        self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode)
+        whole = to_dict(self._whole)
+        self._sinks = make_sinks(self.config.sinks, self.dir, name=self.dir.name, wandb_mode=self.config.wandb_mode, config=whole)
         self._samples = SampleLog(self.dir / "samples.jsonl")
         for log in (*self._sinks, self._samples):
             log.truncate_after(self.stage, step)

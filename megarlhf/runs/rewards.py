@@ -16,7 +16,7 @@ from torch import Tensor
 from megarlhf.algorithms.rewards import weighted_rewards
 from megarlhf.batch import Rollouts
 from megarlhf.config.ppo import PpoRewardConfig, RewardFunctionConfig
-from megarlhf.data.functions import load_function
+from megarlhf.data.functions import found_at, load_function
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.engine import Engine
@@ -83,7 +83,8 @@ def called(function: Function, name: str, prompts: list[str], responses: list[st
     try:
         values = of(slice(None))
     except Exception as error:
-        raise ValueError(f"{name}: {type(error).__name__}: {error}{_culprit(of, rows)}") from error
+        where = found_at(error, name.rpartition(":")[0], _culprit(of, rows))
+        raise ValueError(f"{name}: {type(error).__name__}: {error}{where}") from error
     try:
         if isinstance(values, Mapping | Set | str | bytes):  # whose items are keys, in no order, or letters
             raise TypeError
@@ -102,7 +103,7 @@ def _culprit(of: Callable[[slice], Any], rows: Sequence[PromptRow]) -> str:
         try:
             of(slice(i, i + 1))
         except Exception:
-            return f" (for the response to {row.source})"
+            return f"for the response to {row.source}"
     return ""
 
 

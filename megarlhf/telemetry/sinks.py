@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import time
 import uuid
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from megarlhf.storage.files import write_atomically
 from megarlhf.telemetry.jsonl import JsonLines
@@ -63,18 +64,31 @@ class WandbSink:
 
     Each stage has its own step axis, "<stage>/step", so that stages follow one another in one run. A run folder is
     always the same run: its id is kept in ``wandb_id``. Offline, each start leaves a folder of its own under ``wandb/``, and
-    ``wandb sync`` sends them as one run, in order.
+    ``wandb sync`` sends them as one run, in order. wandb's own variables of the environment hold: WANDB_PROJECT and WANDB_NAME take
+    the place of `project` and `name`.
     """
 
-    def __init__(self, run_dir: Path, *, project: str, name: str | None = None, mode: Literal["offline", "online"] = "offline") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        name: str | None = None,
+        mode: Literal["offline", "online"] = "offline",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         wandb = _imported("wandb", kind="wandb", package="wandb")
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             write_atomically(id_file, uuid.uuid4().hex[:8])
         run_id = id_file.read_text(encoding="utf-8").strip()
+        project, name = os.environ.get("WANDB_PROJECT") or project, os.environ.get("WANDB_NAME") or name
         try:
-            self._run = wandb.init(project=project, name=name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
+            self._run = wandb.init(
+                project=project, name=name, dir=str(run_dir), mode=mode, id=run_id, resume="allow",
+                config=dict(config or {}), allow_val_change=True,  # a resume may change what the run began with
+            )  # fmt: skip
         except wandb.Error as error:  # no account, no network
             raise ValueError(f"the sink 'wandb' cannot be opened: {error} (run.wandb_mode: offline needs no account)") from error
         self._stages: set[str] = set()
@@ -144,8 +158,11 @@ def make_sinks(
     project: str = "megarlhf",
     name: str | None = None,
     wandb_mode: Literal["offline", "online"] = "offline",
+    config: Mapping[str, Any] | None = None,
 ) -> list[Sink]:
     """The sinks of the given kinds, writing into `run_dir`: ``metrics.jsonl``, ``wandb/``, ``tensorboard/``.
+
+    Args: config: the run's configuration as plain values, for wandb's table of runs.
 
     Raises ValueError for an unknown kind and for one whose package is not installed.
     """
@@ -154,7 +171,7 @@ def make_sinks(
         if kind == "jsonl":
             sinks.append(JsonlSink(run_dir / "metrics.jsonl"))
         elif kind == "wandb":
-            sinks.append(WandbSink(run_dir, project=project, name=name, mode=wandb_mode))
+            sinks.append(WandbSink(run_dir, project=project, name=name, mode=wandb_mode, config=config))
         elif kind == "tensorboard":
             sinks.append(TensorboardSink(run_dir / "tensorboard"))
         else:

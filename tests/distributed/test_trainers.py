@@ -285,7 +285,7 @@ def test_rewards_of_ones_own_are_used_or_refused_by_name(recipe, ranks2, tmp_pat
         "nothing": "mine.py:nothing returned None; it must return a list with a number for each of the 8 responses",
         "not_a_number": r"mine.py:not_a_number gave nan for .*prompts.jsonl:\d+, response '.*'; a reward is a finite number",
         "text": r"mine.py:text gave 'good' for .*prompts.jsonl:\d+, response",
-        "fails": r"mine.py:fails: KeyError: 'bonus' \(for the response to .*prompts_valid.jsonl:1\)",
+        "fails": r"mine.py:fails: KeyError: 'bonus' \(at .*mine.py:\d+, for the response to .*prompts_valid.jsonl:1\)",
         "absent": "reward.functions\\[0\\].function: .*mine.py has no function absent; it has count_e, length, short",
         "another name": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
         "a model": "reward.load: the run in .* began without a reward model; keep it so",

@@ -142,7 +142,7 @@ def test_a_section_completes_from_the_fields_default(load):
         ("policy:", "policy: expected section, got null"),
         ("seed: 1", "policy: missing, expected section"),
         ("policy: {}\nsources: [{path: a}, {weight: 2}]", "sources[1].path: missing, expected path"),
-        ("policy: {}\nsources: {path: a}", 'sources: expected list of section, got {"path": "a"}'),
+        ("policy: {}\nsources: {path: a}", 'sources: expected list of {path, weight}, got {"path": "a"}'),
         ("policy: {}\nseed: true", "seed: expected int, got true"),
         ("policy: {}\nseed: 1.0", "seed: expected int, got 1.0"),
         ("policy: {}\nresume: 1", "resume: expected bool, got 1"),
@@ -154,7 +154,8 @@ def test_a_section_completes_from_the_fields_default(load):
         ("policy: {name: 7}", "policy.name: expected str, got 7; put it in quotes to make it a string"),
         ("policy: {checkpoint: 7}", "policy.checkpoint: expected path or null, got 7"),
         ("policy: {optimizer: {betas: [1]}}", "policy.optimizer.betas: expected list [float, float], got [1]"),
-        ("policy: {}\nstop: [a, null]", "stop[1]: expected str, got null"),
+        ("policy: {}\nstop: [a, null]", "stop[1]: expected str, got null; fill it in"),
+        ("policy: {}\nkl_coef:", "kl_coef: expected float, got null; fill it in, or leave the key out, which gives 0.02"),
         (
             "policy: {optimizer: {schedule: cosin}}",
             'policy.optimizer.schedule: expected "constant" | "cosine" | 10, got "cosin"; did you mean "cosine"?',
@@ -256,7 +257,7 @@ def test_describe_lists_every_field_with_its_docstring():
     assert "value.optimizer.lr: float, default 9e-06\n    Peak learning rate, per step.\n" in text
     assert "policy.optimizer.betas: list [float, float], default [0.9, 0.95]\n" in text
     assert "policy.checkpoint: path or null, default null\n" in text
-    assert "sources: list of section, default []\n" in text
+    assert "sources: list of {path, weight}, default []\n" in text
     assert "sources[].path: path, required\n" in text
     assert "value: section, defaults below\nvalue.layout:" in text, "a class without a docstring must not show its signature"
     assert "ema: section or null, default null\n" in text

@@ -124,6 +124,43 @@ def test_good_records_come_back_whole(tmp_path):
     assert records[3].prompt == "no newline"
 
 
+ASKED, ANSWERED, OTHER = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def test_records_as_other_trainers_have_them(tmp_path):
+    """TRL's forms: "prompt" and answers as lists of messages, "completion"; and UltraFeedback's, which repeats the better chat."""
+    chat = (Message("user", "p"),)
+    written = [{"prompt": "p", "completion": "a"}]
+    written += [{"prompt": [ASKED], name: [ANSWERED]} for name in ("completion", "response")]
+    read, _ = read_demonstrations(write(tmp_path / "a.jsonl", *written))
+    assert [(record.prompt, record.response) for record in read] == [("p", "a"), (chat, "a"), (chat, "a")]
+
+    pair, chats = {"chosen": [ANSWERED], "rejected": [OTHER]}, {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, OTHER]}
+    written = [{"prompt": [ASKED], **pair}, {"prompt": [ASKED], **chats}, {"messages": [ASKED], **pair}]
+    written.append({"prompt": "p", **chats, "messages": chats["chosen"], "score_chosen": 7.5})
+    read, _ = read_rankings(write(tmp_path / "a.jsonl", *written))
+    assert {(record.prompt, record.responses, record.ranks) for record in read} == {(chat, ("a", "b"), (1, 2))}
+
+    [prompt], _ = read_prompts(write(tmp_path / "a.jsonl", {"prompt": [ASKED], "answer": "72"}))
+    assert (prompt.prompt, prompt.fields) == (chat, {"messages": [ASKED], "answer": "72"})
+
+
+@pytest.mark.parametrize(
+    "read, bad, reason",
+    [
+        (read_demonstrations, {"prompt": [ASKED], "completion": [ANSWERED, ASKED, ANSWERED]}, "several turns"),
+        (read_demonstrations, {"prompt": [ASKED], "completion": [ASKED]}, "wrong last turn"),
+        (read_demonstrations, {"prompt": [ASKED, ANSWERED], "completion": [ANSWERED]}, "wrong last turn"),
+        (read_rankings, {"prompt": [ASKED], "chosen": [ASKED, ASKED, ANSWERED], "rejected": [OTHER]}, "two prompts in one"),
+        (read_rankings, {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": "b"}, "wrong type"),
+        (read_prompts, {"prompt": []}, "no messages"),
+    ],
+)
+def test_lists_of_messages_that_hold_no_question_and_answer_are_refused(tmp_path, read, bad, reason):
+    with pytest.raises(BadRecord, match=f"a.jsonl:1: {reason}"):
+        read(write(tmp_path / "a.jsonl", bad))
+
+
 @pytest.mark.parametrize("read", GOOD)
 def test_a_byte_order_mark_is_no_text(tmp_path, read):
     path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf", GOOD[read], GOOD[read], b"\xef\xbb\xbf", GOOD[read])

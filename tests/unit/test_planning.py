@@ -30,6 +30,7 @@ from megarlhf.planning.report import as_json, as_text
 from megarlhf.planning.reshard_command import parse_layout, traffic
 from megarlhf.planning.stages import Job, dry_run, dry_run_each
 from megarlhf.planning.work import forward_flops, work_of
+from megarlhf.runs.checkpoints import find_source
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "175b" / "ppo.yaml"
@@ -51,6 +52,31 @@ def test_models_whose_checkpoints_are_not_here_are_found_by_the_files_that_make_
         run_models(PPO, [], {"policy": {"layers": 3}}, 128)
     with pytest.raises(ValueError, match="load here/nothing is not here, .* --architecture reward=PRESET"):
         run_models(PPO, ["reward.load=here/nothing"], {}, 128)
+
+
+def test_a_hugging_face_folder_is_planned_by_its_config(tmp_path):
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    llama = {"model_type": "llama", **sizes, "intermediate_size": 14336, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    folder, file = tmp_path / "Llama-3-8B", tmp_path / "Llama-3-8B" / "config.json"
+    folder.mkdir()
+    file.write_text(json.dumps(llama))
+    others = dict.fromkeys(("value", "reward"), {"preset": "gpt3-125m"})
+    models = run_models(PPO, [f"policy.load={folder}", f"reference.load={folder}"], others, 8)
+    policy = models.plans["policy"].architecture
+    assert (policy.num_kv_heads, policy.vocab_size, policy.num_parameters()) == (8, 128256, 8_030_261_248)
+    assert any("policy: " in note and "is a Hugging Face folder" in note for note in models.notes)
+    for path in (folder, file):
+        assert command._assignment(f"policy={path}") == ("policy", policy)
+    assert run_models(PPO, [], dict.fromkeys(HEADS["ppo"], policy), 8).notes == (), "no vocabulary has to be assumed"
+    file.write_text(json.dumps(llama | {"hidden_act": "gelu"}))
+    with pytest.raises(ValueError, match="--architecture policy: .*config.json: llama: hidden_act 'gelu' is not supported"):
+        command._assignment(f"policy={folder}")
+    with pytest.raises(ValueError, match="nowhere is neither a preset .* nor the path of a Hugging Face folder"):
+        command._assignment("policy=nowhere")
+    with pytest.raises(ValueError, match="tokenizer: .*Llama-3-8B has no tokenizer.json"):
+        run_models(PPO, [f"tokenizer.path={folder}"], {}, 8)
+    with pytest.raises(ValueError, match=f"nor a run .*`megarlhf convert --from {folder} --to FOLDER` makes a checkpoint of it"):
+        find_source(str(folder))
 
 
 def test_ranks_are_alike_where_all_their_stages_are():

@@ -16,7 +16,7 @@ LIMITS = {"max_prompt_len": 9, "max_response_len": 9}
 class Letters:
     """A token per letter of the first 128; 0 ends."""
 
-    vocab_size, eos_id, pad_id, unk_id, fingerprint, unopened = 128, 0, 1, 2, "letters", ""
+    vocab_size, eos_id, pad_id, unk_id, fingerprint, path, opening = 128, 0, 1, 2, "letters", "letters.json", None
 
     def encode(self, text):
         return [ord(letter) if ord(letter) < 128 else 2 for letter in text]
@@ -54,6 +54,20 @@ def test_a_file_smaller_than_a_batch_is_refused_with_the_way_out(tmp_path, kind)
     assert few.problems == [
         f"data.train: {path} has 3 records to draw from, fewer than the 4 of one batch; lower ppo.batch_size to 3 at most, or add records"
     ]
+
+
+@pytest.mark.parametrize("kind", [*READ, "tasks"])
+def test_plain_prompts_for_a_model_that_knows_texts_with_an_opening_are_doubted(tmp_path, kind):
+    path, opened, others = write(tmp_path / "a.jsonl", *READ.get(kind, [{"context": "a", "answers": ["b"]}])), records(), records()
+    opened.tokenizer.opening = "<s>"
+    for read in (opened, others):
+        if kind == "tasks":
+            read.tasks("tasks", [path], shots=None, seed=1)
+        else:
+            getattr(read, kind)("data.train", path)
+    (doubt,) = [note for note in opened.notes if "is this meant?" in note]
+    assert "letters.json has transformers begin every text with <s>, and plain text begins without" in doubt
+    assert not any("is this meant?" in note for note in others.notes)
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -109,14 +123,6 @@ def test_what_is_skipped_is_said_line_by_line(tmp_path):
     assert [note.split(": ")[0] for note in read.notes[1:6]] == [f"  skipped {path}:{line}" for line in range(2, 7)]
     assert read.notes[6:8] == ["  and 2 more", f"{path}: kept 1 of 2 records, skipped 1 (1 response over limit)"]
     assert read.notes[8].startswith(f"  skipped {path}:9: response over limit: response has 13 tokens + EOS")
-
-
-def test_a_token_that_plain_text_lacks_is_said_first(tmp_path):
-    tokenizer = Letters()
-    tokenizer.unopened = "tok: transformers writes <s> before each text"
-    read = Records(tokenizer, LimitsConfig(**LIMITS))
-    read.prompts("data.prompts", write(tmp_path / "a.jsonl", *READ["prompts"]))
-    assert read.notes[0] == tokenizer.unopened and len(read.notes) == 2
 
 
 def test_what_the_tokenizer_loses_is_said_for_each_file(tmp_path):

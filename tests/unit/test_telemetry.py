@@ -170,6 +170,8 @@ def test_make_sinks_names_what_is_wrong(tmp_path, monkeypatch):
 
 def test_wandb_gets_one_run_per_folder_and_one_step_axis_per_stage(tmp_path, monkeypatch):
     calls = []
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
 
     class Run:
         def define_metric(self, name, step_metric):
@@ -187,19 +189,25 @@ def test_wandb_gets_one_run_per_folder_and_one_step_axis_per_stage(tmp_path, mon
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
     for _ in range(2):
-        (sink,) = make_sinks(["wandb"], tmp_path, project="p", name="n", wandb_mode="online")
+        (sink,) = make_sinks(["wandb"], tmp_path, project="p", name="n", wandb_mode="online", config={"ppo": {"clip": 0.2}})
         sink.write("sft", 7, {"loss": 0.5})
         sink.write("sft", 8, {"loss": 0.25})
         sink.close()
     first, second = calls[:5], calls[5:]
     assert first == second, "a resumed run must be the same run"
-    assert first[0] == {"project": "p", "name": "n", "dir": str(tmp_path), "mode": "online", "id": first[0]["id"], "resume": "allow"}
+    kept = {"dir": str(tmp_path), "mode": "online", "id": first[0]["id"], "resume": "allow"}
+    kept |= {"config": {"ppo": {"clip": 0.2}}, "allow_val_change": True}
+    assert first[0] == {"project": "p", "name": "n", **kept}
     assert first[1:] == [
         ("define", "sft/*", "sft/step"),
         ("log", {"sft/step": 7, "sft/loss": 0.5}),
         ("log", {"sft/step": 8, "sft/loss": 0.25}),
         ("finish",),
     ]
+    monkeypatch.setenv("WANDB_PROJECT", "of the team")
+    monkeypatch.setenv("WANDB_NAME", "beta 0.05")
+    make_sinks(["wandb"], tmp_path, project="p", name="n")
+    assert (calls[-1]["project"], calls[-1]["name"]) == ("of the team", "beta 0.05")
 
 
 def wandb_records(path):
