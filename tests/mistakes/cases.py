@@ -486,6 +486,8 @@ DOUBTS = [
     ("ppo", "value=null ppo.advantages=rloo ppo.samples_per_prompt=2 ppo.gamma=0.9", "ppo.gamma has no effect with advantages rloo"),
     ("ppo", "data.prompts_valid={recipe}/prompts.jsonl", "data.prompts_valid is data.prompts"),
     ("ppo", "reference.load={recipe}/runs/base", "reference.load {recipe}/runs/base is not what the policy starts from"),
+    ("ppo", "reference.load_average=false", "reference.load_average false is not what the policy starts from, policy.load_average true"),
+    ("dpo", "model.load_model=model", 'reference.load_model null is not what the policy starts from, model.load_model "model"'),
     ("ppo", "generation.sampling.top_k=5", "generation.sampling.top_k samples from other probabilities than the update assumes"),
     ("sft", "data.valid={recipe}/demonstrations.jsonl", "data.valid is data.train"),
     ("reward", "", "model.architecture starts from random weights; the paper loads a trained model here"),
