@@ -9,8 +9,8 @@ dropped itself:
 1. Few-shot sets: K pairs give K demonstrations, each with the instruction and the other K-1 pairs in its prompt.
 2. Prompts and responses over --max-prompt-tokens and --max-response-tokens (1024, the response's EOS included) are dropped.
 3. Records with personal data are dropped from the splits --pii-on: by the rules of megarlhf/data/personal.py, and by those of
-   one's own, a function that takes a text and returns the name of what it found in it, or None. Every text of a record
-   is looked through but those of --user-key and --organization-key, and "id".
+   one's own, a function that takes a text and returns the name of what it found in it, or None. Every text of a record, its
+   numbers and the names of inner fields are looked through, but not --user-key, --organization-key and "id".
 4. Of records that share their first --prefix-characters characters, or the whole of a shorter prompt, the first is kept; of
    few-shot sets, which may share an instruction, those are dropped that are the same in everything.
 5. Of each user the first --max-per-user records are kept; a few-shot set counts as one.
@@ -221,15 +221,19 @@ class Sieve:
 
 
 def texts_in(value: Any, names: set[str | None], name: str = "") -> Iterator[tuple[str, str]]:
-    """(field, text) of all texts in a value, however deep, but for the fields `names` of the record itself."""
+    """(field, text) of all texts and numbers in a value, however deep, and of inner fields' names; without the record's fields `names`."""
     if isinstance(value, str):
         yield name, value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, str(value)
     elif isinstance(value, list):
         for inner in value:
             yield from texts_in(inner, set(), name)
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key not in names:
+                if name:  # those of the record itself are its form
+                    yield name, key
                 yield from texts_in(inner, set(), f"{name}.{key}" if name else key)
 
 

@@ -30,8 +30,12 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """x to mean 0 and (biased) variance 1 over the True positions, 0 elsewhere (Ziegler et al. 2019's whitening)."""
-    return torch.where(mask, (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + eps), 0.0)
+    """x to mean 0 and (biased) variance 1 over the True positions, 0 elsewhere (Ziegler et al. 2019's whitening).
+
+    In float64: the float32 mean of equal numbers is not that number, and what is left over would pass for their deviation.
+    """
+    exact = x.double()
+    return torch.where(mask, (exact - masked_mean(exact, mask)) * torch.rsqrt(masked_variance(exact, mask) + eps), 0.0).to(x.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

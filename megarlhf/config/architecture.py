@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from megarlhf.config.rules import TOKENS, Range
@@ -10,6 +10,9 @@ from megarlhf.config.rules import TOKENS, Range
 Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1.3b", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b", "gpt3-175b"]
 SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_seq_len")
 """What a preset fixes, or lets follow from what it fixes."""
+LLAMA3 = ("rotary_low_frequency_factor", "rotary_high_frequency_factor", "rotary_original_context")
+SCALING = ("rotary_scaling_factor", *LLAMA3)
+ROTARY = ("rotary_base", "rotary_fraction", "rotary_scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,19 @@ class ArchitectureConfig:
         """What is hardly meant."""
         replaced = [f"{name} {getattr(self, name)}" for name in SIZES if getattr(self, name) is not None]
         found = [f"preset {self.preset} with {', '.join(replaced)} in place of its own"] if self.preset and replaced else []
-        if self.rotary_base != 10000.0 and self.positions != "rotary":
-            found.append(f"rotary_base {self.rotary_base:g} has no effect with positions {self.positions}")
+        without = {
+            f"positions {self.positions}": (*ROTARY, *SCALING) if self.positions != "rotary" else (),
+            f"rotary_scaling {self.rotary_scaling}": {"none": SCALING, "linear": LLAMA3}.get(self.rotary_scaling, ()),
+        }
+        for why, names in without.items():
+            found += [f"{name} {getattr(self, name)} has no effect with {why}" for name in names if self._is_given(name)]
+            if found and names:
+                break  # said once
+        if self.rotary_scaling != "none" and not self._is_given("rotary_scaling_factor"):
+            found.append(f"rotary_scaling {self.rotary_scaling} with rotary_scaling_factor 1 leaves positions as they are")
+        if self.qkv_bias and self.bias:
+            found.append("qkv_bias has no effect with bias true: all linear layers have biases")
         return found
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megarlhf.config.relations import fresh_doubts, reference_doubts, same_file_doubts
+from megarlhf.config.relations import fresh_doubts, reference_doubts, same_file_doubts, unjudged_doubts, unused_text_doubts
 from megarlhf.config.rules import ROWS, WHOLE_BATCH, Epochs, InputFile, NotNegative, Positive, Range, Rows
 from megarlhf.config.sections import LimitsConfig, ModelConfig, PretrainingDataConfig, ScheduleConfig, TrainedModelConfig
 from megarlhf.config.stage import StageConfig
@@ -79,4 +79,7 @@ class DpoConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
-        return found + reference_doubts("model", self.model, self.reference)
+        found += reference_doubts("model", self.model, self.reference)
+        found += unused_text_doubts("dpo.ptx_coef", self.dpo.ptx_coef, self.data.pretraining)
+        held_out = self.data.pretraining.valid_prefix if self.data.pretraining is not None else None
+        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__pretraining__valid_prefix=held_out)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megarlhf.config.relations import fresh_doubts, idle_doubts, reference_doubts, same_file_doubts, warmup_doubts
+from megarlhf.config.relations import (
+    fresh_doubts,
+    idle_doubts,
+    reference_doubts,
+    same_file_doubts,
+    unjudged_doubts,
+    unused_text_doubts,
+    warmup_doubts,
+)
 from megarlhf.config.rules import (
     ROWS,
     WHOLE_BATCH,
@@ -45,6 +53,10 @@ class PpoDataConfig:
     """Prompts of other users, for the validation reward."""
     pretraining: PretrainingDataConfig | None = None
     """Text for the pretraining term and for the language-model loss on held-out text."""
+
+
+MOST_OF_START = 0.2
+"""Share of the first weights in a run's average above which it is asked whether that is meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +136,8 @@ class PpoSettings:
             found.append(f"advantages {self.advantages} compares the samples of a prompt: samples_per_prompt must be at least 2, got 1")
         if rest := self.batch_size % self.minibatch_size:
             found.append(f"batch_size {self.batch_size} must be divisible by minibatch_size {self.minibatch_size}; rest {rest}")
+        if self.adaptive_kl is not None and self.kl_coef == 0:
+            found.append("kl_coef 0 stays 0 with adaptive_kl, which multiplies it: start above 0, or set adaptive_kl to null")
         if self.ptx_coef and self.ptx_ratio * self.batch_size > ROWS:
             rows = f"ptx_ratio {self.ptx_ratio} times batch_size {self.batch_size}"
             found.append(f"{rows} must be at most {ROWS} rows, got {self.ptx_ratio * self.batch_size}: {WHOLE_BATCH}")
@@ -131,14 +145,23 @@ class PpoSettings:
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        found = warmup_doubts("warmup_iterations", self.warmup_iterations, self.iterations)
+        found = warmup_doubts("warmup_iterations", self.warmup_iterations, self.iterations) + self._average_doubts()
         if self.unfinished_penalty is not None and self.unfinished_penalty > 0:
             found.append(f"unfinished_penalty {self.unfinished_penalty:g} is above 0: it would reward responses that do not end")
-        if self.kl_coef == 0 and self.adaptive_kl is None:
+        if self.kl_coef == 0:
             found.append("kl_coef 0 lets the policy move away from the reference freely")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             found.append("kl_estimator k1 in the loss pulls nowhere: its gradient is 0 on average; k2 and k3 have one")
         return found + [f"{key} has no effect with advantages {self.advantages}" for key in self._idle()]
+
+    def _average_doubts(self) -> list[str]:
+        """A decay that is as slow as for a longer run: what is evaluated and handed on is then mostly what the run began with."""
+        left, papers = self.ema_decay**self.iterations, 0.992**500
+        if left <= MOST_OF_START:
+            return []
+        how = f"ema_decay {self.ema_decay:g} over {self.iterations} iterations leaves {100 * left:.0f} % of the first weights"
+        like_papers = f"{papers ** (1 / self.iterations):.3g} leaves {100 * papers:.0f} %, as the paper does"
+        return [f"{how} in the average, which is evaluated and which later stages load; {like_papers}"]
 
     def _idle(self) -> list[str]:
         """Keys that are given and that the estimator of advantages does not read."""
@@ -304,6 +327,9 @@ class PpoConfig(StageConfig):
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
         found += fresh_doubts(policy=self.policy, **({"value": self.value} if self.value else {})) + idle_doubts(self)
         found += reference_doubts("policy", self.policy, self.reference)
+        found += unused_text_doubts("ppo.ptx_coef", self.ppo.ptx_coef, self.data.pretraining)
+        held_out = self.data.pretraining.valid_prefix if self.data.pretraining is not None else None
+        found += unjudged_doubts(self.run, data__prompts_valid=self.data.prompts_valid, data__pretraining__valid_prefix=held_out)
         sampling = self.generation.sampling
         biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
         if not self.ppo.recompute_logprobs and self.generation.max_logprob_gap not in (None, 0.1):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.config.fields import default_of
-from megarlhf.config.sections import ModelConfig, ScheduleConfig
+from megarlhf.config.sections import ModelConfig, PretrainingDataConfig, RunConfig, ScheduleConfig
 
 OF_STEPS = (
     "save_every", "save_minutes", "stop_after_minutes", "keep_checkpoints", "keep_every", "save_in_background", "resume",
@@ -75,6 +75,21 @@ def fresh_doubts(**models: ModelConfig) -> list[str]:
     """Random weights where the paper starts from a trained model."""
     fresh = [role for role, model in models.items() if model.load is None]
     return [f"{role}.architecture starts from random weights; the paper loads a trained model here" for role in fresh]
+
+
+def unused_text_doubts(coefficient: str, value: float, text: PretrainingDataConfig | None) -> list[str]:
+    """Text that is neither trained on nor evaluated on."""
+    if text is None or value or text.valid_prefix is not None:
+        return []
+    return [f"data.pretraining is not used: {coefficient} is 0, and it names no valid_prefix"]
+
+
+def unjudged_doubts(run: RunConfig, **data: object) -> list[str]:
+    """Evaluations without anything to evaluate on; `data`: what there is of it, by its key with "__" for the dot."""
+    if not run.eval_every or any(data.values()):
+        return []
+    keys = [name.replace("__", ".") for name in data]
+    return [f"run.eval_every {run.eval_every} evaluates nothing: {', '.join(keys)} would be evaluated on, and none is given"]
 
 
 def reference_doubts(name: str, model: ModelConfig, reference: ModelConfig) -> list[str]:

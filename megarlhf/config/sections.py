@@ -333,6 +333,11 @@ class ScheduleConfig:
     final_fraction: Share = 0.1
     """What the cosine ends at, as a fraction of the peak."""
 
+    def doubts(self) -> list[str]:
+        """What is hardly meant."""
+        idle = self.shape == "constant" and self.final_fraction != 0.1
+        return [f"final_fraction {self.final_fraction:g} has no effect with shape constant"] if idle else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKlConfig:

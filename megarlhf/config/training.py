@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megarlhf.config.relations import fresh_doubts, same_file_doubts, warmup_doubts, warmup_violations
+from megarlhf.config.relations import (
+    fresh_doubts,
+    same_file_doubts,
+    unjudged_doubts,
+    unused_text_doubts,
+    warmup_doubts,
+    warmup_violations,
+)
 from megarlhf.config.rules import Count, Epochs, InputFile, Rows, ShareBelowOne
 from megarlhf.config.sections import LimitsConfig, ModelConfig, PretrainingDataConfig, SamplingConfig, ScheduleConfig, TrainedModelConfig
 from megarlhf.config.stage import StageConfig
@@ -32,7 +39,8 @@ class PretrainConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return warmup_doubts("schedule.warmup_steps", self.schedule.warmup_steps, self.steps)
+        found = warmup_doubts("schedule.warmup_steps", self.schedule.warmup_steps, self.steps)
+        return found + unjudged_doubts(self.run, data__valid_prefix=self.data.valid_prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +102,10 @@ class SftConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
+        found, text = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model), self.data.pretraining
+        found += unused_text_doubts("pretraining_mix", self.pretraining_mix, text)
+        held_out = text.valid_prefix if text is not None else None
+        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__pretraining__valid_prefix=held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,4 +139,5 @@ class RewardConfig(StageConfig):
 
     def doubts(self) -> list[str]:
         """What is hardly meant."""
-        return same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
+        found = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
+        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__demonstrations=self.data.demonstrations)

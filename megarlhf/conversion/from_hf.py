@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megarlhf.conversion.hf_config import config_of, finished
 from megarlhf.conversion.hf_folder import CONFIG, SCORE_BIAS, HuggingFaceModel, read_hf_folder
 from megarlhf.conversion.incoming import PART_BYTES, tokenizer_beside, write_incoming
+from megarlhf.storage.files import read_json
+
+GENERATION = "generation_config.json"
 
 
 def from_hf(
@@ -29,9 +34,17 @@ def from_hf(
         kind=kind,
         tokenizer=tokenizer_beside(source),
         eos_token=eos_token,
+        ends=_ends(source, whole.config),
         files={CONFIG: (source / CONFIG).read_bytes() if layers is None else _config_of_cut(model)},
         part_bytes=part_bytes,
     )
+
+
+def _ends(folder: Path, config: Mapping[str, Any]) -> set[int]:
+    """The ids that end what transformers generates: those of generation_config.json, else of config.json; none where neither says any."""
+    file = folder / GENERATION
+    said = (read_json(file) if file.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    return {i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)}
 
 
 def _cut(model: HuggingFaceModel, layers: int) -> HuggingFaceModel:

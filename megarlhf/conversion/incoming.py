@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -46,6 +46,7 @@ def write_incoming(
     kind: str,
     tokenizer: Path | None,
     eos_token: str | None = None,
+    ends: Collection[int] = (),
     files: Mapping[str, bytes] = MappingProxyType({}),
     part_bytes: int = PART_BYTES,
 ) -> list[str]:
@@ -54,10 +55,11 @@ def write_incoming(
     Holds one parameter at a time: the tensors that it is made of, and itself. `target` gets the tokenizer's files too, and is what
     `load` and `tokenizer.path` can name. ValueError where something is not as it should be, OSError where writing fails.
 
-    Args: kind: what the model is called. tokenizer: a file or a folder. files: name -> content of what goes beside it.
+    Args: kind: what the model is called. tokenizer: a file or a folder. ends: the ids that the model's files say texts end with, if they
+    say any. files: name -> content of what goes beside it.
     """
     specs = parameter_specs(model.architecture, model.head)
-    fingerprints, notes = _tokenizer(model, tokenizer, eos_token)
+    fingerprints, notes = _tokenizer(model, tokenizer, eos_token, ends)
     sizes = {spec.name: _lazy(model, spec).bytes for spec in specs}
     with new_folder(target, sum(sizes.values())) as partial:
         for name, content in files.items():
@@ -85,7 +87,7 @@ def tokenizer_beside(folder: Path) -> Path | None:
     return folder if has_tokenizer(folder) else None
 
 
-def _tokenizer(model: Incoming, path: Path | None, eos_token: str | None) -> tuple[dict[str, str], list[str]]:
+def _tokenizer(model: Incoming, path: Path | None, eos_token: str | None, ends: Collection[int]) -> tuple[dict[str, str], list[str]]:
     """(fingerprints for the state, what is to be said) of the model's tokenizer. ValueError where it does not fit the model."""
     if path is None:
         return {}, [f"{model.folder} holds no tokenizer: bring the one that the model was trained with as tokenizer.path"]
@@ -94,7 +96,13 @@ def _tokenizer(model: Incoming, path: Path | None, eos_token: str | None) -> tup
     if ids > rows:
         raise ValueError(f"{path}: its tokenizer has {ids} ids, and the model's vocabulary {rows}: they do not belong together")
     more = [f"the vocabulary has {rows - ids} ids that the tokenizer has no text for; they stay"] if ids < rows else []
-    return {"tokenizer": tokenizer.fingerprint}, more
+    if ends and tokenizer.eos_id not in ends:
+        said = ", ".join(map(str, sorted(ends)))
+        more.append(
+            f"its files say that texts end with token {said}, and its tokenizer that they do with {tokenizer.eos_id}: answers will not end "
+            "where they did; is this meant? --eos-token names another"
+        )
+    return {"tokenizer": tokenizer.fingerprint}, [*more, *([tokenizer.unopened] if tokenizer.unopened else [])]
 
 
 def _lazy(model: Incoming, spec: ParameterSpec) -> LazyTensor:

@@ -75,14 +75,15 @@ class PretrainingStream:
         return found
 
     def notes(self, total_rows: int) -> list[str]:
-        """What is drawn from each corpus over a run of so many rows; of several, also whether one is passed again and again."""
+        """What is drawn from each corpus over a run of so many rows, and whether one is passed again and again."""
         lines = []
         shares, epochs = self._order.shares, self._order.epochs(total_rows)
         for corpus, share, passed in zip(self.corpora, shares, epochs, strict=True):
             line = f"{corpus.prefix}: {corpus.num_rows} rows of {corpus.seq_len} tokens"
-            if len(self.corpora) > 1:
-                line += f", {float(share):.4g} of the rows drawn: passed {passed:.2f} times in this run"
-                line += MANY_PASSES if passed > PASSES else ""
+            line += f", {float(share):.4g} of the rows drawn" if len(self.corpora) > 1 else ""
+            if len(self.corpora) > 1 or passed > PASSES:
+                line += f": passed {passed:.2f} times in this run"
+            line += MANY_PASSES if passed > PASSES else ""
             lines.append(line)
         return lines
 

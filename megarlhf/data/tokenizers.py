@@ -24,7 +24,6 @@ EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[E
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 
 
-CONFIG_FILE = "tokenizer_config.json"
 CONFIGURED_NAMES = ("eos_token", "pad_token", "bos_token")
 """What a `tokenizer_config.json` may name; no text may yield any of them."""
 
@@ -55,15 +54,18 @@ class Tokenizer(Protocol):
     """The file; a chat template is looked for beside it (`data/chat.py`)."""
     controls: Mapping[str, int]
     """The names and ids of the control tokens."""
-    opening: str | None
-    """The control token that other programs begin every text with, as the files say; nothing here does, but a chat template may."""
+    unopened: str
+    """What is to be said of a token that transformers writes before every text, and this program does not; empty where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text)."""
+        """The text of `ids`, without the control tokens among them (EOS, padding and their like are no text).
+
+        Nor is an id beyond `vocab_size`, which a model may sample that has more: released ones are often padded.
+        """
         ...
 
     def encode_marked(self, text: str) -> list[list[int]]:
@@ -119,8 +121,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
         self._controls = controls | ({impossible} & {self.pad_id})
         self.path, self.controls = path, {model.id_to_piece(i): i for i in sorted(controls)}
-        opens = _configured(path).get("add_bos_token") is True and "bos_token" in named
-        self.opening = model.id_to_piece(named["bos_token"]) if opens else None
+        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, _configured_opening(path, named))
         self._id_of_mark = {mark: i for i, mark in marks_of(controls).items()}
         rewritten = _read(path, lambda: sentencepiece_without(content, controls))
         self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
@@ -131,7 +132,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without the control tokens among them."""
-        return self._model.decode([int(i) for i in ids if i not in self._controls])
+        return self._model.decode([int(i) for i in ids if i not in self._controls and i < self.vocab_size])
 
     def encode_marked(self, text: str) -> list[list[int]]:
         """Token ids by parts of a marked text (see `Tokenizer`); what is between two marks is encoded like a text of its own."""
@@ -169,9 +170,10 @@ class HuggingFaceTokenizer:
         self._model = _read(path, lambda: huggingface_without(model, self._controls))
         self.path, self._original = path, model
         self.controls = {name: i for name, i in vocab.items() if i in controls | {self.eos_id}}
-        first, bare = (_read(path, lambda: model.encode("a", add_special_tokens=added).ids)[:1] for added in (True, False))  # noqa: B023
-        self.opening = model.id_to_token(first[0]) if first != bare and self._controls.issuperset(first) else None
         self._mark_of_id = marks_of(self.controls.values())
+        opened = next(iter(model.encode("").ids), None)  # what its file puts around a text
+        opening = opened if opened in self.controls.values() else _configured_opening(path, named)
+        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, opening)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText."""
@@ -236,7 +238,8 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
 
     ValueError where the vocabulary lacks the EOS that is named: another one would end nothing that was meant to end.
     """
-    config, tree = path.with_name(CONFIG_FILE), _configured(path)
+    config = path.with_name("tokenizer_config.json")
+    tree = read_json(config) if config.is_file() else {}
     names = {key: value.get("content") if isinstance(value := tree.get(key), dict) else value for key in CONFIGURED_NAMES}
     eos, who = (eos_token, "eos_token") if eos_token is not None else (names["eos_token"], f"eos_token in {config}")
     if eos is not None and (not isinstance(eos, str) or eos not in vocab):
@@ -245,10 +248,19 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
     return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}
 
 
-def _configured(path: Path) -> dict:
-    """The tokenizer_config.json beside a tokenizer's file; empty where there is none."""
-    config = path.with_name(CONFIG_FILE)
-    return read_json(config) if config.is_file() else {}
+def _configured_opening(path: Path, named: Mapping[str, int]) -> int | None:
+    """The id of the token that a `tokenizer_config.json` has transformers write before each text, if any."""
+    config = path.with_name("tokenizer_config.json")
+    return named.get("bos_token") if config.is_file() and read_json(config).get("add_bos_token") is True else None
+
+
+def _unopened(path: Path, names: Mapping[int, str], opening: int | None) -> str:
+    if opening is None:
+        return ""
+    return (
+        f"{path}: transformers writes {names.get(opening, opening)} before each text, and plain text has none here; a model that was "
+        "trained with it expects it: write records as messages, whose template brings it"
+    )
 
 
 def _no_eos(path: Path) -> str:

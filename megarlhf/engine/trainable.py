@@ -28,14 +28,19 @@ from megarlhf.parallel.upload import upload
 class StepResult(UpdateResult):
     """What one optimizer step saw and did, the same on every rank."""
 
-    losses: dict[str, float]
-    """Term name -> its loss (sum over the global count, before its weight)."""
+    sums: dict[str, tuple[float, int]]
+    """Term name -> (its loss summed over what counts in the whole batch, how much that is), before its weight."""
     stats: dict[str, tuple[float, float]]
     """"term/statistic" -> (sum, count) over the whole batch."""
     tokens: int
     """Real tokens that went through the trunk, over all terms and copies."""
     positions: int
     """The same with what sequence parallelism adds to each micro-batch."""
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Term name -> its loss, before its weight."""
+        return {name: total / count for name, (total, count) in self.sums.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +163,17 @@ class TrainEngine(Engine):
         with platform.named_range("optimizer step"):
             sums = sum_over_copies(torch.cat([totals[term.name] for term in terms]), self.groups)
             update, whole = self.optimizer.step(learning_rate, beside=sums)
-        losses, stats = _by_term(terms, whole)
-        self._note_bad_step(terms, losses, update)
-        self.steps += 1
-        return StepResult(
+        sums, stats = _by_term(terms, whole)
+        result = StepResult(
             **vars(update),
-            losses=losses,
+            sums=sums,
             stats=stats,
             tokens=sum(int(term.batch.lengths.sum()) for term in terms),
             positions=sum(self._positions(term) for term in terms),
         )
+        self._note_bad_step(terms, result.losses, update)
+        self.steps += 1
+        return result
 
     def _nothing(self, model: Transformer, hidden: Tensor) -> Tensor:
         """The loss of an idle micro-batch: 0. Where exchanges overlap it touches every parameter: a gradient says that it may be sent."""
@@ -197,13 +203,13 @@ class TrainEngine(Engine):
         return real + idle
 
 
-def _by_term(terms: Sequence[Term], sums: Sequence[float]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """(loss of each term, "term/statistic" -> (sum, count)) from each term's sums over the whole batch, one term after the other."""
+def _by_term(terms: Sequence[Term], sums: Sequence[float]) -> tuple[dict[str, tuple[float, int]], dict[str, tuple[float, float]]]:
+    """(term -> (loss, count), "term/statistic" -> (sum, count)) from each term's sums over the whole batch, one term after the other."""
     left = iter(sums)
-    losses: dict[str, float] = {}
+    losses: dict[str, tuple[float, int]] = {}
     stats: dict[str, tuple[float, float]] = {}
     for term in terms:
-        losses[term.name] = next(left) / term.loss.count(term.batch)
+        losses[term.name] = next(left), term.loss.count(term.batch)
         stats |= {f"{term.name}/{name}": (next(left), next(left)) for name in term.loss.stats}
     return losses, stats
 

@@ -16,17 +16,16 @@ from megarlhf.evaluation.intervals import interval_metrics
 
 
 def ranking_metrics(scores: Tensor, batch: RankingBatch) -> dict[str, float]:
-    """Loss over the prompts that have a comparison, and accuracy over comparisons (Ouyang et al. 2022, section 4.1).
+    """Loss over the prompts that have a comparison; accuracy and gap over comparisons (Ouyang et al. 2022, section 4.1).
 
     Ties are no comparisons; where there are only ties there is nothing to say, and no metric.
     Args: scores [completions] of a reward model.
     """
     loss, stats = ranking_loss(scores, batch.ranks, batch.prompt_index)
-    right, pairs = stats["accuracy"]
-    if pairs == 0:
+    if stats["accuracy"][1] == 0:
         return {}
     prompts = count_prompts(batch.ranks, batch.prompt_index)
-    return {"valid/ranking_loss": float(loss) / prompts, "valid/accuracy": float(right) / float(pairs)}
+    return {"valid/ranking_loss": float(loss) / prompts} | {f"valid/{name}": float(x) / float(pairs) for name, (x, pairs) in stats.items()}
 
 
 def ranking_records(scores: Tensor, rows: Sequence[RankingRow]) -> list[dict[str, object]]:

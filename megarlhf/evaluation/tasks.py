@@ -19,6 +19,10 @@ from megarlhf.generation.generator import Generator
 
 ROWS_AT_ONCE = 4096
 """Rows of one batch, which every rank holds."""
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+_MARK = re.escape(string.punctuation)
+PUNCTUATION = re.compile(rf"(?<!\d)(?!(?<!\w)-\.?\d)(?!(?<!\w)\.\d)[{_MARK}]|(?<=\d)(?:,|[{_MARK}](?!\d))")
+"""ASCII punctuation, but for what a number is written with: "-" and "." before its first digit, anything but a comma between two."""
 
 
 def choice_results(engine: Engine, task: str, rows: Sequence[TaskRow], *, pad_id: int) -> list[dict[str, object]]:
@@ -69,29 +73,49 @@ def newline_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def normalized(text: str) -> list[str]:
-    """The words of an answer in lower case, without ASCII punctuation and articles (SQuAD's evaluation, Rajpurkar et al. 2016)."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    """The words of an answer in lower case, without ASCII punctuation and articles (SQuAD's evaluation, Rajpurkar et al. 2016).
+
+    But a number keeps its minus sign and what stands between its digits, commas apart: 3.5 is not 35, and -5 not 5.
+    """
+    return ARTICLES.sub(" ", _bare(text)).split()
+
+
+def _bare(text: str) -> str:
+    return PUNCTUATION.sub("", text.lower())
+
+
+def _with_articles(text: str) -> list[str]:
+    return _bare(text).split()
+
+
+def _as_they_are(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def _words(response: str, answer: str) -> tuple[list[str], list[str]]:
+    """The words of the two, read in the first way in which the answer has any: one that is but "A" or "+" would match nothing said."""
+    for words in (normalized, _with_articles):
+        if wanted := words(answer):
+            return words(response), wanted
+    return _as_they_are(response), _as_they_are(answer)
 
 
 def exact_match(response: str, answers: Sequence[str]) -> float:
     """1 where the words are those of an answer."""
-    return float(any(normalized(response) == normalized(answer) for answer in answers))
+    return float(any(said == wanted for said, wanted in (_words(response, answer) for answer in answers)))
 
 
 def contains(response: str, answers: Sequence[str]) -> float:
     """1 where the words of an answer stand in the response, one after the other."""
-    said = f" {' '.join(normalized(response))} "
-    return float(any(f" {' '.join(words)} " in said for answer in answers if (words := normalized(answer))))
+    pairs = (_words(response, answer) for answer in answers)
+    return float(any(f" {' '.join(wanted)} " in f" {' '.join(said)} " for said, wanted in pairs))
 
 
 def f1(response: str, answers: Sequence[str]) -> float:
-    """The harmonic mean of precision and recall over words, for the answer where it is highest; 1 where both have no words."""
+    """The harmonic mean of precision and recall over words, for the answer where it is highest."""
 
     def against(answer: str) -> float:
-        said, wanted = Counter(normalized(response)), Counter(normalized(answer))
-        if not said or not wanted:
-            return float(said == wanted)
+        said, wanted = map(Counter, _words(response, answer))
         return 2 * (said & wanted).total() / (said.total() + wanted.total())
 
     return max(map(against, answers))

@@ -212,12 +212,11 @@ def _due(done: int, every: int) -> bool:
 def step_metrics(role: str, results: list[StepResult], learning_rate: float) -> dict[str, float]:
     """Metrics of a model's optimizer steps: the loss of every term under the term's name, and statistics.
 
-    Means over the steps; statistics as (sum, count) over all of them.
+    Losses and statistics are means over what they count in all of the steps, the gradient's norm one over the steps.
     """
     metrics = Metrics()
     for result in results:
-        for term, loss in result.losses.items():
-            metrics.add(f"{term}/loss", loss)
+        metrics.update({f"{term}/loss": loss for term, loss in result.sums.items()})
         metrics.update(result.stats)
         metrics.add(f"{role}/grad_norm", result.grad_norm)
         metrics.add(f"{role}/skipped_steps", float(result.skipped))

@@ -107,12 +107,16 @@ class Records:
         """{"prompt", "response"} as rows, their order kept; none without a path."""
         return self._rows(key, path, read_answers, answer_rows, answers_fingerprint, **self._lengths())
 
-    def labels(self, path: str | None) -> list[Label]:
-        """Whose answers are better; none without a path."""
+    def labels(self, path: str | None, *, about: Sequence[Answer] = ()) -> list[Label]:
+        """Whose answers are better; none without a path. How many are about none of the answers `about`, if those are known, is noted."""
         if path is None:
             return []
         labels, report = _noting(self.problems, read_labels, path, on_bad_record=self.limits.on_bad_record) or ([], None)
         self._note(report)
+        known = {key for answer in about for key in (("id", answer.id), ("prompt", answer.prompt))}
+        if known and (others := [label for label in labels if label.key not in known]):
+            what = "are about none of the pairs of win_rate.responses and win_rate.against"
+            self.notes.append(f"{path}: {len(others)} of {len(labels)} labels {what}, {others[0].source} the first; is this meant?")
         return labels
 
     def pairs(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[int, int]]:
@@ -184,18 +188,12 @@ class Records:
             self._note(report)
             self._note(fit if fit.num_skipped else None)
             self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
-            self.notes += self._unopened(path, records)
+            unopened = self.tokenizer.unopened
+            if unopened and unopened not in self.notes and any(not isinstance(getattr(record, "prompt", ""), tuple) for record in records):
+                self.notes.append(unopened)
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows
-
-    def _unopened(self, path: str, records: Sequence) -> list[str]:
-        """A doubt where prompts are plain text, and the model was likely trained on texts that begin with a control token."""
-        opening = self.tokenizer.opening
-        if opening is None or not any(isinstance(getattr(record, "prompt", None), str) for record in records):
-            return []
-        begins = f"{self.tokenizer.path} has other programs begin every text with {opening}"
-        return [f"{path}: is this meant? {begins}, and plain prompts begin without: a chat template can write it (docs/data.md, Chats)"]
 
     def _shares(self, records: Sequence | None) -> Shares:
         """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.

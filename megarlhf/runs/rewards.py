@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megarlhf.runs.agreement import on_rank_0
 
 Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 """(prompts, responses, the other fields of the prompts' records) -> a reward for each response."""
+LARGEST = torch.finfo(torch.float32).max
 MODEL = "model"
 """What the reward model is called among the rewards."""
 
@@ -76,7 +78,7 @@ def called(function: Function, name: str, prompts: list[str], responses: list[st
     """What a function gives for a batch. ValueError where it fails, or gives anything but one finite number for each response."""
 
     def of(part: slice) -> Any:
-        return function(prompts[part], responses[part], [dict(row.fields) for row in rows[part]])
+        return function(prompts[part], responses[part], [copy.deepcopy(dict(row.fields)) for row in rows[part]])
 
     try:
         values = of(slice(None))
@@ -84,6 +86,8 @@ def called(function: Function, name: str, prompts: list[str], responses: list[st
         where = found_at(error, name.rpartition(":")[0], _culprit(of, rows))
         raise ValueError(f"{name}: {type(error).__name__}: {error}{where}") from error
     try:
+        if isinstance(values, Mapping | Set | str | bytes):  # whose items are keys, in no order, or letters
+            raise TypeError
         values = list(values)
     except TypeError:
         wanted = f"it must return a list with a number for each of the {len(rows)} responses"
@@ -108,9 +112,9 @@ def _number(name: str, value: Any, row: PromptRow, response: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         said = f"{name} gave {value!r:.40} for {row.source}, response {response[:60]!a}"
-        raise ValueError(f"{said}; a reward is a finite number")
+        raise ValueError(f"{said}; a reward is a finite number{f', at most {LARGEST:.3g}' if math.isfinite(number) else ''}")
     return number
 
 

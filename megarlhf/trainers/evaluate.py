@@ -62,7 +62,8 @@ class _Data:
         theirs = records.answers("win_rate.against", config.win_rate.against)
         expected = [row.answer for row in ours] or sampled_answers(prompts, tokenizer)
         pairs = records.pairs(expected, [row.answer for row in theirs])
-        return _Data(prompts, rankings, demonstrations, held_out, tasks, ours, theirs, pairs, records.labels(config.win_rate.labels))
+        labels = records.labels(config.win_rate.labels, about=[expected[i] for i, _ in pairs])
+        return _Data(prompts, rankings, demonstrations, held_out, tasks, ours, theirs, pairs, labels)
 
 
 class Evaluation:
@@ -75,7 +76,7 @@ class Evaluation:
         records = Records(self.tokenizer, config.limits, run.world)
         self.data = _Data.read(config, records, self.tokenizer)
         self.inputs = inputs_of(config, records.fingerprints, self.data.prompts)
-        problems = records.agree(run.world) + (answers_to_other_input(run, self.inputs) if config.prompts else [])
+        problems = records.agree(run.world) + answers_to_other_input(run, self.inputs)
 
         planner = ModelPlanner(run, self.tokenizer, config.parallel, problems=problems)
         heads, lengths = planner.saved_heads(config.model), row_lengths(config)

@@ -49,6 +49,9 @@ def test_standardize():
 
 def test_what_does_not_vary_is_standardized_to_zero():
     assert not standardize(torch.full((2, 3), 2.0), MASK).any()
+    for constant in (0.1, -3.7, 1000.1, 12345.678, 1e30):
+        for count in (1, 3, 7, 100, 509):  # whose mean is not the constant in float32
+            assert standardize(torch.full((count,), constant), torch.ones(count, dtype=torch.bool)).abs().max() < 1e-3
 
 
 def test_explained_variance():

@@ -276,6 +276,35 @@ def test_options_that_mean_nothing_are_refused(whole, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "doubtful"),
+    [
+        ({}, None, ""),
+        ({"eos_token_id": 0}, None, ""),
+        ({"eos_token_id": [0, 7]}, None, ""),
+        ({"eos_token_id": 2}, None, "token 2"),
+        ({"eos_token_id": [2, 7]}, None, "token 2, 7"),
+        ({"eos_token_id": 2}, {"eos_token_id": [2, 0]}, ""),  # what transformers generates by
+        ({"eos_token_id": 0}, {"eos_token_id": 5}, "token 5"),
+        ({"eos_token_id": None}, {"temperature": 0.7}, ""),
+    ],
+)
+def test_an_end_that_the_models_files_do_not_know_is_said(config, generation, doubtful, whole, tmp_path, capsys):
+    configured(whole, **config)
+    if generation is not None:
+        (whole / "generation_config.json").write_text(json.dumps(generation))
+    assert convert(["--from", str(whole), "--to", str(tmp_path / "ours")]) == 0
+    said = capsys.readouterr().out
+    assert (f"texts end with {doubtful}, and its tokenizer that they do with 0" in said) if doubtful else "is this meant" not in said
+
+
+def test_a_token_before_each_text_is_said(whole, tmp_path, capsys):
+    named = {"eos_token": "</s>", "bos_token": "</s>", "add_bos_token": True}
+    (whole / "tokenizer_config.json").write_text(json.dumps(named))
+    assert convert(["--from", str(whole), "--to", str(tmp_path / "ours")]) == 0
+    assert "transformers writes </s> before each text" in capsys.readouterr().out
+
+
 def test_the_first_layers_make_a_smaller_model(whole, tmp_path, capsys):
     file = tensors.TensorFile(whole / ONE_FILE)
     values = {name: file.read(name).reshape(entry.shape) for name, entry in file.entries.items()}

@@ -101,3 +101,16 @@ def test_a_run_refuses_what_is_not_paired_or_leaves_it_out_and_says_so(tmp_path)
     assert "win_rate.against" in read.fingerprints and read.answers("win_rate.responses", None) == []
     labels = write(tmp_path / "l.jsonl", {"id": 1, "preference": "x"})
     assert read.labels(labels) == [] and "unknown preference" in read.problems[0]
+
+
+def test_labels_of_other_answers_are_said(tmp_path):
+    """They would stand beside a win rate that they have nothing to do with."""
+    lines = [{"id": 1, "preference": "a"}, {"prompt": "q", "preference": "b"}, {"id": 9, "preference": "a"}]
+    lines += [{"prompt": "z", "preference": "a"}]
+    path = write(tmp_path / "labels.jsonl", *lines)
+    limits = LimitsConfig(max_prompt_len=9, max_response_len=9)
+    for about, others in (([], 0), ([answer(number=1), answer("q")], 2), ([answer("q", number=1), answer("z", number=9)], 0)):
+        records = Records(Letters(), limits)
+        assert len(records.labels(path, about=about)) == 4 and not records.problems
+        said = [note for note in records.notes if "about none of the pairs" in note]
+        assert [note.split(" are ")[0] for note in said] == [f"{path}: {others} of 4 labels"] * bool(others)

@@ -54,6 +54,7 @@ def test_text_comes_back_as_it_was(folders, kind):
         ids = tokenizer.encode(text)
         assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id for i in ids)
         assert tokenizer.decode(ids) == tokenizer.decode([*ids, tokenizer.eos_id]) == text
+        assert tokenizer.decode([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 70]) == text  # a padded model may sample them
     # Joined where a prompt ends and its response begins, the text is the two texts joined.
     assert tokenizer.decode([*tokenizer.encode("Ask"), *tokenizer.encode("answer")]) == "Askanswer"
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
@@ -110,25 +111,6 @@ def test_eos_is_found_configured_or_named(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="none.json does not say.*eos_token="):
         load_tokenizer(tmp_path / "none.json")
-
-
-def test_what_other_programs_begin_a_text_with_is_known_and_never_written(folders, tmp_path):
-    shutil.copytree(folders / "huggingface", tmp_path / "huggingface")
-    file = tmp_path / "huggingface" / "tokenizer.json"
-    assert load_tokenizer(file).opening is None
-    model = tokenizers.Tokenizer.from_file(str(file))
-    begun = [("<|endoftext|>", model.token_to_id("<|endoftext|>"))]
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=begun)
-    model.save(str(file))
-    tokenizer = load_tokenizer(file)
-    assert tokenizer.opening == "<|endoftext|>" and tokenizer.encode("a") == load_tokenizer(folders / "huggingface").encode("a")
-
-    shutil.copytree(folders / "sentencepiece", tmp_path / "sentencepiece")
-    folder = tmp_path / "sentencepiece"
-    assert load_tokenizer(folder).opening is None
-    for adds, opening in ((True, "</s>"), (False, None)):
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": adds}))
-        assert load_tokenizer(folder).opening == opening
 
 
 def test_sentencepiece_models_without_eos_or_pad(tmp_path):
@@ -225,6 +207,28 @@ def test_a_text_that_a_model_can_only_write_with_its_end_is_refused(tmp_path):
     with pytest.raises(UnwritableText, match="control token 0"):
         tokenizer.encode("c")
     assert load_tokenizer(tmp_path, eos_token="b").encode("b") == [0]
+
+
+@pytest.mark.parametrize("how", ["file", "configuration", "sentencepiece"])
+def test_a_token_that_transformers_writes_before_each_text_is_said(folders, tmp_path, how):
+    """As Llama's and OPT's tokenizers do: models that were trained with it answer otherwise without."""
+    if how == "sentencepiece":
+        file = next((folders / "sentencepiece").glob("*.model"))
+        shutil.copy(file, tmp_path)
+        bos = "<s>"
+    else:
+        model, bos = byte_level(300, ["<start>", "</s>"]), "<start>"
+        if how == "file":
+            model.post_processor = tokenizers.processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 0)])
+        model.save(str(tmp_path / "tokenizer.json"))
+    said = {}
+    for add in (None, False, True):
+        config = {"bos_token": bos, "eos_token": "</s>"} | ({"add_bos_token": add} if add is not None else {})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        said[add] = load_tokenizer(tmp_path).unopened
+        assert load_tokenizer(tmp_path).encode("a")[0] != load_tokenizer(tmp_path).controls[bos]
+    assert f"transformers writes {bos} before each text, and plain text has none here" in said[True]
+    assert bool(said[None]) == bool(said[False]) == (how == "file")
 
 
 def test_one_text_has_one_encoding(folders, tmp_path):

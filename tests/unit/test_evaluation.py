@@ -73,14 +73,14 @@ def test_rankings_are_counted_by_prompt_and_by_pair():
     batch = RankingBatch(tokens=torch.zeros(7, 2).long(), lengths=torch.full((7,), 2), ranks=ranks, prompt_index=prompt_index)
     scores = Table(1).scores(batch)
     metrics = ranking_metrics(scores, batch)
-    losses, right = [], []
+    losses, every_gap = [], []
     for prompt in range(3):
         rows = (prompt_index == prompt).nonzero().flatten().tolist()
         gaps = [float(scores[i] - scores[j]) for i, j in itertools.permutations(rows, 2) if ranks[i] < ranks[j]]
         losses.append(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps) if gaps else 0.0)
-        right += [gap > 0 for gap in gaps]
-    assert metrics == pytest.approx({"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(right) / len(right)}, rel=1e-6)
-    assert len(right) == 4
+        every_gap += gaps
+    expected = {"valid/ranking_loss": sum(losses) / 2, "valid/accuracy": sum(gap > 0 for gap in every_gap) / 4}
+    assert metrics == pytest.approx(expected | {"valid/score_gap": sum(every_gap) / 4}, rel=1e-5) and len(every_gap) == 4
     tied = dataclasses.replace(batch, ranks=torch.ones(7).long())
     assert ranking_metrics(scores, tied) == {}
 
@@ -309,7 +309,27 @@ def test_words_of_answers():
     assert contains("it was New York City.", ["new york"]) == 1 and contains("newest", ["new"]) == 0 and contains("x", ["the"]) == 0
     assert contains("", ["x"]) == 0
     assert f1("a b b c", ["b b d"]) == pytest.approx(2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3))  # "a" is an article
-    assert f1("x y", ["z", "y x"]) == 1 and f1("", ["x"]) == 0 and f1("the", ["a"]) == 1
+    assert f1("x y", ["z", "y x"]) == 1 and f1("", ["x"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("A", ["A", "a.", " (A) "], ["", "The", "B", "an", "?"]),  # a letter to choose: no article here
+        ("The", ["the"], ["", "a"]),
+        ("+", ["+"], ["", "-", "the"]),
+        ("-5", ["-5", "(-5)", "-5."], ["5", "", "- 5"]),
+        ("5", ["5", "5.", "$5", "5%", "- 5", "the 5"], ["-5", ".5", "55"]),
+        ("3.5", ["3.5", "3.5."], ["35", "-3.5", "3,5"]),
+        ("1/2", ["1/2"], ["12"]),
+        ("1,000", ["1000", "1,000."], ["1.000"]),
+        ("10:30", ["10:30"], ["1030"]),
+    ],
+)
+def test_an_answer_matches_no_other_one(answer, right, wrong):
+    for judge in (exact_match, contains, f1):
+        assert all(judge(said, [answer]) == 1 for said in right) and all(judge(said, [answer]) == 0 for said in wrong)
+    assert contains(f"I think {answer} is it.", [answer]) == 1
 
 
 # Win rates

@@ -157,6 +157,14 @@ def test_personal_data_is_dropped_from_the_splits_named_and_never_repeated(tmp_p
     assert {(drop["reason"], drop["detail"]) for drop in files["dropped"]} == {("personal data", 'e-mail address in "notes.x"')}
     _, files = run(tmp_path, tokenizer, records, "--splits", "train=0.5", "valid=0.5", "--pii-on")
     assert files["train"] and not files["dropped"]
+    for form, where in (
+        ({"card": 4111111111111111}, 'card number in "card"'),
+        ({"about": {"paid": [7, {"with": 4111111111111111}]}}, 'card number in "about.paid.with"'),
+        ({"inbox": {"a@mail.org": 3}}, 'e-mail address in "inbox"'),
+    ):
+        records = [{"prompt": "p", "user": 1} | form, {"prompt": "q", "user": 1, "n": 41}]
+        _, files = run(tmp_path, tokenizer, records, "--splits", "train=0.5", "valid=0.5", "--pii-on", "train", "valid")
+        assert [drop["detail"] for drop in files["dropped"]] == [where] and len(files["train"] + files["valid"]) == 1
     chats = [{"messages": [{"role": "user", "content": f"{i} a@mail.org"}], "user": i} for i in range(9)]
     with pytest.raises(ValueError, match="comes without a chat template"):
         run(tmp_path, tokenizer, chats)

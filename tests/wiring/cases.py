@@ -238,8 +238,8 @@ PPO = [
     Case("generation.max_logprob_gap=1e-30", "exit refused", may=f"* {GONE}", exact={"exit": 1},
          says="and generation.max_logprob_gap is 1e-30: these responses are not the policy's"),
     Case("ppo.warmup_iterations=5", "steps/policy/rate steps/value/rate", may=f"* said/megarlhf_ppo {PPO_STEPS}", base="ppo.iterations=3"),
-    Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
-    Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/*"),
+    Case("ppo.ema_decay=0.1", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/* said/megarlhf_ppo"),
+    Case("ppo.ema_decay=0", "policy/ema/* metrics/valid/text_loss", may="metrics/valid/* passes/* said/megarlhf_ppo"),
     # lambda decays what gamma leaves: nothing, here
     Case("ppo.gae_lambda=0.5", "", base="ppo.gamma=0"),
     # the ratio and the KL are of the policy that was sampled from; the reference is the policy, to the bit
@@ -321,7 +321,7 @@ GENERATE = [
 ]
 
 ANSWERED = "evaluation/valid/reward_mean evaluation/valid/kl evaluation/valid/response_len evaluation/valid/finished_fraction"
-RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
+RANKED = "evaluation/valid/accuracy evaluation/valid/ranking_loss evaluation/valid/score_gap evaluation/valid/accuracy_by_prompt evaluation/valid/accuracy_by_prompt_low"
 ONLY = "prompts=null reference=null demonstrations=null rankings=null text=null"
 WON = f"win_rate.responses={R}/answers_a.jsonl win_rate.against={R}/answers_b.jsonl win_rate.labels={R}/labels.jsonl"
 RATED = "evaluation/win_rate/* stdout said/* fingerprints/* files passes/*"

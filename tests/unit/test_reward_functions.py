@@ -1,0 +1,48 @@
+"""Rewards of one's own: what a function may give for a batch, and what is refused by its name."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+
+from megarlhf.data.tokenized import PromptRow
+from megarlhf.runs.rewards import called
+
+ROWS = [PromptRow([1, 2], f"prompts.jsonl:{n}", {"tests": ["a", "b"], "id": n}) for n in (1, 2, 3)]
+
+
+def asked(function):
+    return called(function, "mine.py:score", ["p"] * 3, ["x", "y", "z"], ROWS)
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2.5, True], (1, 2.5, 1), np.array([1, 2.5, 1]), torch.tensor([[1.0], [2.5], [1.0]]), collections.deque([1, 2.5, 1])]
+)
+def test_any_row_of_numbers_is_taken(given):
+    assert asked(lambda *_: given) == [1.0, 2.5, 1.0]
+    assert asked(lambda *_: iter(given)) == [1.0, 2.5, 1.0]
+
+
+@pytest.mark.parametrize("given", [{0: 0.5, 1: 0.7, 2: 0.9}, {0.5, 0.7, 0.9}, "012", b"012", {"x": 1, "y": 2, "z": 3}.keys(), None, 3.0])
+def test_what_is_no_list_is_refused_even_where_three_numbers_could_be_made_of_it(given):
+    with pytest.raises(ValueError, match=r"mine\.py:score returned .*it must return a list with a number for each of the 3 responses"):
+        asked(lambda *_: given)
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"), [(float("nan"), ""), (float("inf"), ""), (1e39, ", at most 3.4"), (-(10**39), ", at most 3.4"), ("good", "")]
+)
+def test_a_number_that_float32_does_not_hold_is_refused_with_its_record(given, limit):
+    with pytest.raises(ValueError, match=rf"gave .* for prompts\.jsonl:2, response 'y'; a reward is a finite number{limit}"):
+        asked(lambda *_: [0.0, given, 1.0])
+    assert torch.tensor(asked(lambda *_: [3.4e38, -3.4e38, 0])).isfinite().all()
+
+
+def test_what_a_function_does_to_its_arguments_stays_its_own():
+    def greedy(prompts, responses, records):
+        prompts.clear()
+        responses.sort(reverse=True)
+        return [len(record["tests"]) * len(record.pop("tests").pop()) for record in records]
+
+    assert asked(greedy) == asked(greedy) == [2.0, 2.0, 2.0]
