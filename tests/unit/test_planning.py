@@ -60,7 +60,7 @@ def test_a_hugging_face_folder_is_planned_by_its_config(tmp_path):
     folder, file = tmp_path / "Llama-3-8B", tmp_path / "Llama-3-8B" / "config.json"
     folder.mkdir()
     file.write_text(json.dumps(llama))
-    others = dict.fromkeys(("value", "reward"), {"preset": "gpt3-125m"})
+    others = dict.fromkeys(("value", "reward"), {"preset": "gpt3-1.3b"})
     models = run_models(PPO, [f"policy.load={folder}", f"reference.load={folder}"], others, 8)
     policy = models.plans["policy"].architecture
     assert (policy.num_kv_heads, policy.vocab_size, policy.num_parameters()) == (8, 128256, 8_030_261_248)
