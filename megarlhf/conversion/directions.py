@@ -11,7 +11,6 @@ from megarlhf.conversion.from_hf import from_hf
 from megarlhf.conversion.from_megatron import from_megatron
 from megarlhf.conversion.hf_folder import CONFIG
 from megarlhf.conversion.incoming import MODEL
-from megarlhf.conversion.new_folder import GIB
 from megarlhf.conversion.to_hf import Exported, to_hf
 from megarlhf.conversion.torch_dist import checkpoint_folder
 from megarlhf.conversion.verification import check_verifiable, verify
@@ -19,6 +18,7 @@ from megarlhf.models.transformer import DTYPES
 from megarlhf.runs.checkpoints import find_source
 from megarlhf.storage.checkpoints import STATE_FILE, Saved, read_saved
 
+GIB = 2**30
 OUTWARD = ("model", "weights", "dtype", "family", "tokenizer")
 """Options that mean something on the way out only."""
 INWARD = ("eos_token", "layers")

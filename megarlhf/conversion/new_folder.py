@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarlhf.storage.checkpoints import partial_folder
-from megarlhf.storage.files import sync_folder
-
-GIB = 2**30
+from megarlhf.storage.files import no_room, sync_folder
 
 
 @contextlib.contextmanager
@@ -28,7 +26,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         raise ValueError(f"{partial} is there: a conversion to {target} goes on now, or was cut short; remove it where none is running")
     target.parent.mkdir(parents=True, exist_ok=True)
     if num_bytes > (free := shutil.disk_usage(target.parent).free):
-        raise ValueError(f"{target} needs {num_bytes / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free")
+        raise ValueError(no_room(target, num_bytes, free))
     partial.mkdir()
     try:
         yield partial

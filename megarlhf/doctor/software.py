@@ -17,8 +17,8 @@ from megarlhf.doctor.findings import NOTE, OK, WRONG, Finding
 ROOT = Path(__file__).parents[2]
 """Of a checkout; an installed package has nothing there."""
 OPTIONAL = {
-    "transformer-engine": ("transformer_engine", "the optimizer takes its fused Adam"),
-    "apex": ("apex", "the optimizer takes its fused Adam where Transformer Engine is missing"),
+    "transformer-engine": ("transformer_engine", "with it the optimizer takes its fused Adam"),
+    "apex": ("apex", "with it the optimizer takes its fused Adam where Transformer Engine is missing"),
     "nvidia-dali-cuda130": ("nvidia.dali", "for data.loader: dali"),
     "wandb": ("wandb", "for run.sinks: [wandb]"),
     "tensorboard": ("tensorboard", "for run.sinks: [tensorboard]"),

@@ -69,15 +69,15 @@ class Architecture:
         """Rows of the embedding."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-    def num_parameters(self) -> int:
-        """Parameters of the language model, without the padding of its vocabulary (instructgpt facts, section 7)."""
+    def num_parameters(self, head: str = "lm") -> int:
+        """Parameters with the head "lm" or "scalar", without the padding of the vocabulary (instructgpt facts, section 7)."""
         h, f, q, kv = self.hidden_size, self.ffn_size, self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         norm = 2 if self.norm == "layernorm" else 1
         gate = 2 if self.activation == "swiglu" else 1
         weights = h * (q + 2 * kv) + q * h + gate * h * f + f * h
         biases = (q + 2 * kv if self.has_qkv_bias else 0) + (h + gate * f + h if self.bias else 0)
         norms = 2 * norm * h + (2 * norm * self.head_size if self.qk_norm else 0)
-        embedding = self.vocab_size * h * (1 if self.tied_embeddings else 2)
+        embedding = self.vocab_size * h * (1 if self.tied_embeddings or head == "scalar" else 2) + (h + 1 if head == "scalar" else 0)
         positions = self.max_seq_len * h if self.positions == "learned" else 0
         return self.num_layers * (weights + biases + norms) + norm * h + embedding + positions
 

@@ -31,7 +31,7 @@ def _models(plan: Plan) -> list[str]:
         tokens = of.config.micro_batch_tokens
         size = str(of.config.micro_batch_size) if tokens is None else f"{tokens} tokens"
         offload = " ".join(of.offload) or "-"
-        rows.append([role, f"{of.architecture.num_parameters() / 1e9:.3g} B", str(of.layout), size, recompute, offload, *numbers])
+        rows.append([role, f"{of.architecture.num_parameters(of.head) / 1e9:.3g} B", str(of.layout), size, recompute, offload, *numbers])
     lines = _table(rows, "per GPU between steps, of the rank that holds most:")
     if plan.host_bytes:
         of_node = f"{plan.host_bytes_of_node / GB:,.0f} GB per node"

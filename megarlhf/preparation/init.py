@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def _write(options: argparse.Namespace) -> None:
             file.write(text)
     except FileExistsError as error:
         raise ValueError(f"{options.to} exists; choose another --to") from error
-    print(f"{options.to}: fill in what says so, then megarlhf {options.command} --config {options.to}")
+    print(f"{options.to}: fill in what says so, then megarlhf {options.command} --config {shlex.quote(str(options.to))}")
 
 
 def _parser() -> argparse.ArgumentParser:

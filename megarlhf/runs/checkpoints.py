@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def _what_is_at(folder: Path) -> str:
         names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
         return f"there is no such folder; {parent.absolute()} has: {', '.join(names[:12]) or 'no folders'}"
     if any((folder / name).is_file() for name in FOREIGN):
-        return f"what is there is another program's: `megarlhf convert --from {folder} --to FOLDER` makes a checkpoint of it"
+        command = f"megarlhf convert --from {shlex.quote(str(folder))} --to FOLDER"
+        return f"what is there is another program's: `{command}` makes a checkpoint of it"
     names = sorted(path.name for path in folder.iterdir())
     return f"it holds: {', '.join(names[:12]) or 'nothing'}"

@@ -187,8 +187,14 @@ class Run:
         }
         if no_room := self.saving.start(state, models, best=best, wait=last):
             if last:
-                raise RunError(no_room)
+                raise RunError(f"{no_room}; make room and start the same command again: {self.newest()}")
             self.say(f"{no_room}; it is not written, and training goes on")
+
+    def newest(self) -> str:
+        """Which checkpoint is the newest, in words, once the one that is being written is whole; on every rank."""
+        self.saving.finish()
+        found = own_checkpoints(self.checkpoints, run=self.id, skip_damaged=True)[0]
+        return f"the newest checkpoint is {found[0].path}" if found else "there is no checkpoint before it"
 
     def close(self) -> None:
         """Flush and close what is open, and let go of the folder."""

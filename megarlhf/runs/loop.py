@@ -13,7 +13,6 @@ from megarlhf.engine.trainable import StepResult, TrainEngine
 from megarlhf.parallel.collectives import largest_of_world
 from megarlhf.runs.agreement import RunError, refuse_together
 from megarlhf.runs.bad_batches import keep_bad_batches
-from megarlhf.runs.checkpoints import own_checkpoints
 from megarlhf.runs.folder import Run
 from megarlhf.runs.interruption import CLOCK, Interrupted, Interruption
 from megarlhf.runs.profiling import profiled, refuse_late_profile
@@ -110,7 +109,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
             metrics |= _alerts_of(metrics, alerts, run, done)
             if diverged := divergence(stage.models, max_skipped_steps=run.config.max_skipped_steps, last=last):
                 run.log(done, metrics)
-                raise RunError(f"step {done}: {diverged}; nothing is saved of it, {_where_it_stands(run)}")
+                raise RunError(f"step {done}: {diverged}; nothing is saved of it, {run.newest()}")
             if last:
                 stage.finish()
             asked, save_now = pace.after_step()
@@ -123,7 +122,7 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
                 metrics["time/save_seconds"] = lost
             run.log(done, metrics, stage.samples)
             stage.samples = ()
-            progress.update({name.split("/", 1)[-1]: metrics[name] for name in stage.shown if name in metrics})
+            progress.update({_short(name): metrics[name] for name in stage.shown if name in metrics})
             if last or best or asked or save_now or _due(done, run.config.save_every):
                 _save(stage, run, done, alerts, best=best, last=last or bool(asked))
                 pace.saved()
@@ -151,7 +150,7 @@ def _say_evaluation(run: Run, done: int, evaluation: Mapping[str, float], best: 
 def _save(stage: Stage, run: Run, done: int, alerts: Alerts, *, best: bool, last: bool) -> None:
     """Save what is finite, as it is now."""
     if broken := [name for name, engine in stage.models.items() if not engine.weights_are_finite()]:
-        raise RunError(f"step {done}: the weights of {', '.join(broken)} are not finite; they are not saved, {_where_it_stands(run)}")
+        raise RunError(f"step {done}: the weights of {', '.join(broken)} are not finite; they are not saved, {run.newest()}")
     run.save(done, stage.models, stage.state_dict(), alerts=alerts.state_dict(), best=best, last=last)
 
 
@@ -201,11 +200,9 @@ def divergence(models: Mapping[str, TrainEngine], *, max_skipped_steps: int, las
     return None
 
 
-def _where_it_stands(run: Run) -> str:
-    """The newest checkpoint, once the one that is being written is whole; on every rank."""
-    run.saving.finish()
-    found = own_checkpoints(run.checkpoints, run=run.id, skip_damaged=True)[0]
-    return f"the newest checkpoint is {found[0].path}" if found else "there is no checkpoint before it"
+def _short(name: str) -> str:
+    """A metric's name beside the progress of its stage: without its prefix, but for text beside the policy."""
+    return name if name.startswith("ptx/") else name.split("/", 1)[-1]
 
 
 def _due(done: int, every: int) -> bool:

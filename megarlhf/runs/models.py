@@ -114,7 +114,8 @@ class ModelPlan:
         source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
         idle = getattr(self.config, "overlap", False) and self.layout.dp == 1
         doubt = "; is this meant? overlap has no effect with dp 1: there is nothing to exchange" if idle else ""
-        return f"{self.role}: {self.architecture.num_parameters():,} parameters, {self.layout}, {self.config.precision}, {source}{doubt}"
+        parameters = f"{self.architecture.num_parameters(self.head):,} parameters"
+        return f"{self.role}: {parameters}, {self.layout}, {self.config.precision}, {source}{doubt}"
 
 
 class ModelPlanner:

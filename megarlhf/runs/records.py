@@ -197,7 +197,8 @@ class Records:
         """A doubt where prompts are plain text, as a task's are, and the model likely knows texts with an opening."""
         said = said_of_opening(self.tokenizer)
         is_plain = isinstance(records, Task) or any(isinstance(getattr(record, "prompt", None), str) for record in records)
-        return [f"{path}: is this meant? {said}"] if said and is_plain else []
+        is_new = said is not None and not any(note.endswith(said) for note in self.notes)
+        return [f"{path}: is this meant? {said}"] if is_new and is_plain else []
 
     def _shares(self, records: Sequence | None) -> Shares:
         """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.

@@ -24,9 +24,7 @@ from megarlhf.parallel.groups import World
 from megarlhf.parallel.platform import free_host_memory
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
 from megarlhf.storage.checkpoints import Part, finish, partial_folder
-from megarlhf.storage.files import system_error
-
-GIB = 2**30
+from megarlhf.storage.files import no_room, system_error
 
 
 @dataclass
@@ -84,8 +82,8 @@ class Saving:
         part = checkpoint.own_part(models)
         beside = self._in_background and not wait
         needed, short_ranks = sum_of_world([part.bytes, int(beside and self._is_short_of_memory_for(part.bytes))], self._world)
-        if no_room := on_rank_0(self._world, _make_room, path, needed):
-            return no_room
+        if problem := on_rank_0(self._world, _make_room, path, needed):
+            return problem
         described = {name: checkpoint.describe(engine) for name, engine in models.items()}
         self._writing = writing = _Writing(path, copy.deepcopy(state), described, best)
         if beside := beside and not short_ranks:
@@ -138,6 +136,6 @@ def _make_room(path: Path, num_bytes: int) -> str | None:
     if partial.exists():
         shutil.rmtree(partial)
     if num_bytes > (free := shutil.disk_usage(folder).free):
-        return f"{path} needs {num_bytes / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free"
+        return no_room(path, num_bytes, free)
     partial.mkdir()
     return None

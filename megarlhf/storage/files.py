@@ -45,3 +45,16 @@ def system_error(error: OSError) -> str:
     """An error of the system as its user reads it: the file, or both of a renaming, and what is wrong."""
     what = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{what}: {error.strerror or error}" if what else str(error.strerror or error)
+
+
+def no_room(path: Path, num_bytes: int, free: int) -> str:
+    """That the disk of `path` has fewer bytes free than are needed."""
+    return f"{path} needs {_size(num_bytes)}, and its disk has {_size(free)} free"
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the largest unit of which there is one at least."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.2f} {unit}"
+    return f"{num_bytes} bytes"

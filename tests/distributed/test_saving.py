@@ -151,6 +151,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_is_gone_on_from(recipe, 
     assert refused == other
     if seen:
         assert printed.count("it is not written, and training goes on") == 2 and "step_00000004 needs" in refused
+        assert "make room and start the same command again: the newest checkpoint is" in refused and refused.endswith("step_00000001")
         assert saved_steps(disk) == ["step_00000001"]
     else:
         assert "the checkpoint of step 2 cannot be written: " in refused and "No space left on device" in refused

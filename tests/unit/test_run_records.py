@@ -65,8 +65,9 @@ def test_plain_prompts_for_a_model_that_knows_texts_with_an_opening_are_doubted(
             read.tasks("tasks", [path], shots=None, seed=1)
         else:
             getattr(read, kind)("data.train", path)
+        read.prompts("data.prompts", write(tmp_path / "b.jsonl", {"prompt": "d"}))  # said once
     (doubt,) = [note for note in opened.notes if "is this meant?" in note]
-    assert "letters.json has transformers begin every text with <s>, and plain text begins without" in doubt
+    assert doubt.startswith(f"{path}: is this meant? letters.json has transformers begin every text with <s>, and plain text begins")
     assert not any("is this meant?" in note for note in others.notes)
 
 
