@@ -12,7 +12,7 @@ import torch
 
 from megarlhf.data import dali
 from megarlhf.models import attention
-from megarlhf.parallel import groups
+from megarlhf.parallel import groups, side_stream
 from megarlhf.planning import plan
 
 CUDA = torch.device("cuda", 0)
@@ -63,6 +63,15 @@ def test_a_gpu_multiplies_float32_as_float32_whatever_its_image_says():
         assert torch.get_float32_matmul_precision() == "highest" and instead["set_device"].call_args.args == (1,)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 9, 16 * 2**20, 3 * 2**30 + 5, 5_637_144_577])
+def test_what_rests_takes_no_more_pinned_memory_than_it_needs(num_bytes):
+    """torch rounds each pinned tensor up to a power of two."""
+    with mock.patch.object(side_stream, "host_buffer", lambda size: size):
+        pieces = side_stream.host_buffers(num_bytes)
+    taken = sum(1 << (size - 1).bit_length() for size in pieces)
+    assert sum(pieces) == num_bytes <= taken < num_bytes + 16 * 2**20 and len(pieces) < 12
 
 
 class PipelineOfDali:
