@@ -317,7 +317,8 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
     assert found["step_seconds"] > 0 and found["seconds"]["update"]["bubble"] > 0
     with mock.patch("megarlhf.planning.plan.dry_runs", functools.partial(dry_runs, processes=1)):
         assert command.main([*words, "--reserve-gb", "42.3"]) == 1
-    assert "GB are missing" in capsys.readouterr().out
+    wanted = "GB are missing; what needs less of each GPU: a smaller micro_batch_size, recompute, larger tp or pp, more nodes; --search"
+    assert wanted in capsys.readouterr().out
 
 
 def test_a_dry_run_keeps_nothing_for_the_next():
