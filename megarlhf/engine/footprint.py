@@ -43,12 +43,11 @@ def bytes_kept(
     return kept
 
 
-def does_not_fit(what: str, needed: float, capacity: float, reserved: float, *, device: str) -> str:
-    """The sentence that both a plan and the start of a run say."""
+def does_not_fit(what: str, needed: float, capacity: float, reserved: float, *, device: str, way_out: str) -> str:
+    """The sentence that both a plan and the start of a run say. `way_out`: what would need less of each GPU."""
     return (
         f"it does not fit: {what} needs {needed / GB:.1f} GB of tensors and {reserved / GB:.1f} GB for CUDA and NCCL, "
-        f"and one {device} has {capacity / GB:.1f} GB: {(needed + reserved - capacity) / GB:.1f} GB are missing; "
-        "larger tp or pp, more nodes, or what PPO calls offload, need less of each GPU"
+        f"and one {device} has {capacity / GB:.1f} GB: {(needed + reserved - capacity) / GB:.1f} GB are missing; {way_out}"
     )
 
 
@@ -61,4 +60,6 @@ def start_problems(kept: Sequence[tuple[str, int]], capacity: float | None, *, r
     if capacity is None or needed + LEAST_RESERVED <= capacity:
         return []
     models = ", ".join(f"{role} {size / GB:.1f} GB" for role, size in kept)
-    return [does_not_fit(f"what rank {rank} keeps between steps ({models})", needed, capacity, LEAST_RESERVED, device="GPU here")]
+    what = f"what rank {rank} keeps between steps ({models})"
+    way_out = "larger tp or pp, more ranks, or PPO's offload, need less of each GPU; `megarlhf plan --search` finds what fits"
+    return [does_not_fit(what, needed, capacity, LEAST_RESERVED, device="GPU here", way_out=way_out)]

@@ -174,6 +174,10 @@ class _Architectures:
         if role in self.given:
             given = self.given[role]
             return given if isinstance(given, Architecture) else _made_of(given, self.vocab_size)
+        return self._as_said(role, head, model, self.path)
+
+    def _as_said(self, role: str, head: str, model: ModelConfig, path: Path) -> Architecture:
+        """What the model section of the YAML file at `path` says."""
         if model.load is None:
             return self._configured(model)
         if _is_hugging_face(Path(model.load)):
@@ -182,20 +186,19 @@ class _Architectures:
         if Path(model.load).exists():
             saved = find_source(model.load)
             return saved_architecture(saved, chosen_model(saved, model.load_model, role, head))
-        return self._not_here(role, model, self.path)
+        return self._not_here(role, head, model, path)
 
     def _configured(self, model: ModelConfig) -> Architecture:
         return _made_of(dataclasses.asdict(model.architecture), self.vocab_size)
 
-    def _not_here(self, role: str, model: ModelConfig, path: Path) -> Architecture:
+    def _not_here(self, role: str, head: str, model: ModelConfig, path: Path) -> Architecture:
         for other in sorted(path.parent.glob("*.yaml")) + sorted(path.parent.parent.glob("*/*.yaml")):
             found = self._made_by(other, model.load)
             if found is None or other.resolve() == path.resolve():
                 continue
-            if found.load is None:
+            if found.load is None or Path(found.load).exists():
                 self.notes.append(f"{role}: {model.load} is not here: its architecture is that of {other}, which makes it")
-                return self._configured(found)
-            return self._not_here(role, found, other)
+            return self._as_said(role, head, found, other)
         sizes = {preset.removeprefix("gpt3-"): preset for preset in PRESETS}
         for part in Path(model.load).parts:
             if part in sizes:

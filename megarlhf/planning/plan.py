@@ -83,12 +83,23 @@ class Plan:
                 does_not_fit(
                     f"{self.largest_phase} on ranks of the class '{self.classes[number].name}' (rank {self.classes[number].rank})",
                     needed, gpu.memory_bytes, self.cluster.reserved_bytes, device=gpu.name,
+                    way_out=f"what needs less of each GPU: {self._smaller()}; --search looks for the fastest layout that fits",
                 )
             )
         elif not said:
             free = -self.missing_bytes / 1e9
             said.append(f"it fits: {self.largest_phase} needs most, {needed / 1e9:.1f} GB, and leaves {free:.1f} GB of each GPU free")
         return said
+
+    def _smaller(self) -> str:
+        """What can be changed so that the phase that needs most needs less."""
+        ppo = self.models.config.stage == "ppo"
+        of_phase = {
+            "generate": ["a smaller generation.sampling.max_batch_size"],
+            "score": ["a smaller micro_batch_size"],
+            "update": ["a smaller micro_batch_size", "recompute"],
+        }
+        return ", ".join([*of_phase.get(self.largest_phase, ()), "larger tp or pp", "more nodes", *(["offload"] if ppo else [])])
 
     @cached_property
     def seconds(self) -> dict[tuple[str, str, str], Counter]:

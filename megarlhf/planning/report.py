@@ -99,10 +99,11 @@ def _run(plan: Plan) -> list[str]:
     work, cluster = plan.work, plan.cluster
     of = "of the episodes" if work.episode_tokens else "trained on"
     gpu_hours = plan.hours * cluster.num_ranks
+    takes = f"{plan.hours:,.1f} hours, {gpu_hours:,.0f}" if plan.hours >= 1 else f"{60 * plan.hours:.1f} minutes, {gpu_hours:.2f}"
     return [
         f"one step: {plan.step_seconds:.1f} s, {plan.tokens_per_second_per_gpu:.0f} tokens/s/GPU {of}, "
         f"MFU {100 * plan.utilisation:.1f} % (update alone {100 * plan.update_utilisation:.1f} %)",
-        f"the run: {work.steps:,} steps, {plan.hours:,.1f} hours, {gpu_hours:,.0f} GPU-hours, "
+        f"the run: {work.steps:,} steps, {takes} GPU-hours, "
         f"{plan.pf_days:.3g} PF-days of model arithmetic",
     ]
 

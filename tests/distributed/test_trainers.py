@@ -269,6 +269,18 @@ def check_functions(folder, runs):
 
     more = {"ppo.iterations": "2"}
     said = {name: started(name, name) for name in ("short", "nothing", "not_a_number", "text", "fails", "absent", "count_e")}
+    records = lines_of(folder / "prompts.jsonl")
+    if World.connect().rank == 0:
+        changed = [{**record, "bonus": 1000} for record in records]
+        new = {"prompt": "more?\n"}
+        for name, lines in (("changed", changed), ("grown", [*changed, new]), ("more", [*records, new])):
+            (runs / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    World.connect().barrier()
+    grow = {"data.prompts_may_grow": "true"}
+    said["other fields"] = started("count_e", "count_e", **more, **{"data.prompts": runs / "changed.jsonl"})
+    said["other fields and more"] = started("count_e", "count_e", **more, **grow, **{"data.prompts": runs / "grown.jsonl"})
+    said["more"] = started("count_e", "count_e", **more, **grow, **{"data.prompts": runs / "more.jsonl"})
+    more = {"ppo.iterations": "3", "data.prompts": runs / "more.jsonl"}
     said["another name"] = started("count_e", "length", **more)
     said["a model"] = started("count_e", "count_e", **more, **{"reward.load": f"{folder}/runs/reward"})
     World.connect().barrier()
@@ -290,12 +302,14 @@ def test_rewards_of_ones_own_are_used_or_refused_by_name(recipe, ranks2, tmp_pat
         "fails": r"mine.py:fails: KeyError: 'bonus' \(at .*mine.py:\d+, for the response to .*prompts_valid.jsonl:1\)",
         "absent": "reward.functions\\[0\\].function: .*mine.py has no function absent; it has count_e, length, short",
         "another name": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
+        "other fields": "what is said besides in data.prompts is not what the run in .* began with: its content has changed",
+        "other fields and more": "what is said besides in data.prompts is not what the run in .* began with: its content has changed",
         "a model": "reward.load: the run in .* began without a reward model; keep it so",
         "other content": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
     }.items():
         assert re.search(expected, said[name]), said[name]
-    assert said["count_e"] is None
-    (line,) = curves(tmp_path / "count_e")
+    assert said["count_e"] is said["more"] is None
+    line = curves(tmp_path / "count_e")[0]
     assert line["rollout/reward_of_count_e"] >= line["rollout/reward_mean"]  # which has the penalty in it
     assert "valid/reward_mean" in line and "rollout/reward_of_model" not in line
     samples = lines_of(tmp_path / "count_e" / "samples.jsonl")

@@ -464,7 +464,7 @@ DOUBTS = [
     ("pretrain", "model.architecture.rotary_base=500", "model.architecture.rotary_base 500 has no effect with positions learned"),
     ("pretrain", "model.architecture.rotary_scaling=linear", "model.architecture.rotary_scaling linear has no effect with positions learned"),
     ("pretrain", "model.architecture.positions=rotary model.architecture.rotary_scaling=linear", "rotary_scaling linear with rotary_scaling_factor 1"),
-    ("pretrain", "model.architecture.positions=rotary model.architecture.rotary_scaling_factor=4", "rotary_scaling_factor 4.0 has no effect with rotary_scaling none"),
+    ("pretrain", "model.architecture.positions=rotary model.architecture.rotary_scaling_factor=4", "rotary_scaling_factor 4 has no effect with rotary_scaling none"),
     ("pretrain", "model.architecture.qkv_bias=true", "model.architecture.qkv_bias has no effect with bias true"),
     ("pretrain", "schedule.shape=constant schedule.final_fraction=0.5", "schedule.final_fraction 0.5 has no effect with shape constant"),
     ("pretrain", "run.eval_every=2 data.valid_prefix=null", "run.eval_every 2 evaluates nothing: data.valid_prefix would be evaluated on"),

@@ -18,7 +18,7 @@ from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
 from megarlhf.models.parameters import shards_held
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
-from megarlhf.planning import cheap_model, command, search
+from megarlhf.planning import cheap_model, command, search, stages
 from megarlhf.planning.dry_run import Part
 from megarlhf.planning.estimate import part_seconds, seconds_of
 from megarlhf.planning.hardware import CALL_SECONDS, GPUS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
@@ -31,6 +31,7 @@ from megarlhf.planning.reshard_command import parse_layout, traffic
 from megarlhf.planning.stages import Job, dry_run, dry_run_each
 from megarlhf.planning.work import forward_flops, work_of
 from megarlhf.runs.checkpoints import find_source
+from tests.unit.apart import ApartFromHost
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "175b" / "ppo.yaml"
@@ -65,6 +66,13 @@ def test_a_hugging_face_folder_is_planned_by_its_config(tmp_path):
     policy = models.plans["policy"].architecture
     assert (policy.num_kv_heads, policy.vocab_size, policy.num_parameters()) == (8, 128256, 8_030_261_248)
     assert any("policy: " in note and "is a Hugging Face folder" in note for note in models.notes)
+    for name, load, folder_of in (("sft", folder, "runs/sft"), ("dpo", "runs/sft", "runs/dpo")):
+        keys = f"run: {{dir: {folder_of}}}\ntokenizer: {{path: t}}\nmodel: {{load: {load}, adam: {{learning_rate: 1}}}}\ndata: {{train: x}}"
+        more = "reference: {load: runs/sft}\n" if name == "dpo" else ""
+        (tmp_path / f"{name}.yaml").write_text(f"stage: {name}\n{keys}\n{more}limits: {{max_prompt_len: 9}}\n")
+    later = run_models(tmp_path / "dpo.yaml", [], {}, 1)
+    assert [plan.architecture for plan in later.plans.values()] == [policy, policy], "what the run before it starts from is there"
+    assert any("runs/sft is not here: its architecture is that of " in note and "sft.yaml" in note for note in later.notes)
     for path in (folder, file):
         assert command._assignment(f"policy={path}") == ("policy", policy)
     assert run_models(PPO, [], dict.fromkeys(HEADS["ppo"], policy), 8).notes == (), "no vocabulary has to be assumed"
@@ -207,7 +215,8 @@ def plans_of_first_class():
     jobs = {}
     for nodes, keys, phases in ((16, (), ("generate", "update")), (8, OFFLOAD, ("score", "update")), (4, (), ("generate",))):
         jobs[nodes] = Job(run_models(PPO, keys, {}, 8 * nodes), 0, 8, phases)
-    runs = dry_run_each(list(jobs.values()))
+    with mock.patch.object(stages, "Meter", ApartFromHost):
+        runs = dry_run_each(list(jobs.values()))
     clusters = {nodes: dataclasses.replace(CLUSTER, nodes=nodes) for nodes in jobs}
     return {
         nodes: Plan(job.models, clusters[nodes], rank_classes(job.models)[:1], [run], work_of(job.models))
@@ -317,7 +326,8 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
     assert found["step_seconds"] > 0 and found["seconds"]["update"]["bubble"] > 0
     with mock.patch("megarlhf.planning.plan.dry_runs", functools.partial(dry_runs, processes=1)):
         assert command.main([*words, "--reserve-gb", "42.3"]) == 1
-    assert "GB are missing" in capsys.readouterr().out
+    wanted = "GB are missing; what needs less of each GPU: a smaller micro_batch_size, recompute, larger tp or pp, more nodes; --search"
+    assert wanted in capsys.readouterr().out
 
 
 def test_a_dry_run_keeps_nothing_for_the_next():
