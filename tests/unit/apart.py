@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from megarlhf.planning.fake_world import DEVICE
 from megarlhf.planning.meter import Meter
@@ -17,7 +16,7 @@ class ApartFromHost(Meter):
     """Raises AssertionError where a host tensor is put to a device tensor, or into a message, or a message is in pieces."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors(args)) + [value for value in (kwargs or {}).values() if isinstance(value, Tensor)]
         here = [tensor.device == DEVICE for tensor in tensors]
         if func.namespace == "c10d":
             described = [(str(tensor.device), tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) for tensor in tensors]
@@ -26,3 +25,12 @@ class ApartFromHost(Meter):
             strangers = [tuple(tensor.shape) for tensor, device in zip(tensors, here, strict=True) if not device and tensor.dim()]
             assert not strangers, f"{func} of device tensors is given host tensors of shapes {strangers}"
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _tensors(values):
+    """Those of an operation's arguments, alone or in lists: of several hundred thousand operations, so without pytrees."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
