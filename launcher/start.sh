@@ -45,6 +45,7 @@ settings() {
   set_default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True # rows have many lengths: fixed segments would fragment
   set_default TORCH_ELASTIC_SHUTDOWN_TIMEOUT 1800 # torchrun kills 30 s after SIGTERM by default, in the midst of a save
   set_default NCCL_DEBUG WARN # says why a connection could not be made; the default says nothing
+  set_default NCCL_GRAPH_REGISTER 0 # with expandable segments NCCL would take wrong addresses into CUDA graphs (sampling.cuda_graphs)
   set_default NCCL_NVLS_ENABLE 0 # NVLink SHARP's buffers, once per communicator: four models have dozens of these
   set_default NCCL_IB_TIMEOUT 22 # about a minute (4 us * 2^22, several tries): a link that flaps does not end the run
   if [ -d "$repository/megarlhf" ]; then # the program of this checkout, whatever is installed

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Lints the project and runs all its tests, in two lanes: everything with the oldest supported megatron-core (Python 3.11), then
 # the distributed tests of what is built on it with the newest (Python 3.12, where there is one). Makes its own virtual environments, .venv and
-# .venv312: see tests/install.sh, also for how to use one's own. MEGARLHF_SKIP_LANE=1 leaves out the second lane.
+# .venv312: see tests/install.sh, also for how to use one's own. MEGARLHF_SKIP_LANE=1 leaves out the second lane. Where there are
+# GPUs, tests/gpu runs on them, and nothing else.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 code=0
 summary=()
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -) || gpus=
+gpus=${CUDA_VISIBLE_DEVICES-$gpus}
+export CUDA_VISIBLE_DEVICES= # all tests but those of tests/gpu are of a CPU, gloo and tensors without values
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -35,7 +39,12 @@ find_python312() { # prints the first Python 3.12 that runs, on PATH or among py
 python=$(bash tests/install.sh) || exit 1
 echo "== ruff"
 if "$python" -m ruff check .; then summary+=("ruff: passed"); else code=1 && summary+=("ruff: FAILED"); fi
-run_tests "$python" tests/unit tests/mistakes tests/wiring tests/numerics tests/distributed tests/gpu
+run_tests "$python" tests/unit tests/mistakes tests/wiring tests/numerics tests/distributed
+if [ -n "$gpus" ]; then
+  CUDA_VISIBLE_DEVICES=$gpus run_tests "$python" -n 0 tests/gpu
+else
+  summary+=("GPUs: none here, tests/gpu is left out")
+fi
 
 if [ -n "${MEGARLHF_SKIP_LANE:-}" ]; then
   summary+=("second lane: left out (MEGARLHF_SKIP_LANE)")

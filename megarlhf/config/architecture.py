@@ -88,19 +88,20 @@ class ArchitectureConfig:
         """What is hardly meant."""
         replaced = [f"{name} {getattr(self, name)}" for name in SIZES if getattr(self, name) is not None]
         found = [f"preset {self.preset} with {', '.join(replaced)} in place of its own"] if self.preset and replaced else []
-        without = {
-            f"positions {self.positions}": (*ROTARY, *SCALING) if self.positions != "rotary" else (),
-            f"rotary_scaling {self.rotary_scaling}": {"none": SCALING, "linear": LLAMA3}.get(self.rotary_scaling, ()),
-        }
-        for why, names in without.items():
-            found += [f"{name} {getattr(self, name)} has no effect with {why}" for name in names if self._is_given(name)]
-            if found and names:
-                break  # said once
-        if self.rotary_scaling != "none" and not self._is_given("rotary_scaling_factor"):
-            found.append(f"rotary_scaling {self.rotary_scaling} with rotary_scaling_factor 1 leaves positions as they are")
+        if self.positions != "rotary":
+            idle, why = (*ROTARY, *SCALING), f"positions {self.positions}"
+        else:
+            idle, why = {"none": SCALING, "linear": LLAMA3}.get(self.rotary_scaling, ()), f"rotary_scaling {self.rotary_scaling}"
+            if self.rotary_scaling != "none" and not self._is_given("rotary_scaling_factor"):
+                found.append(f"rotary_scaling {self.rotary_scaling} with rotary_scaling_factor 1 leaves positions as they are")
+        found += [f"{name} {self._said(name)} has no effect with {why}" for name in idle if self._is_given(name)]
         if self.qkv_bias and self.bias:
             found.append("qkv_bias has no effect with bias true: all linear layers have biases")
         return found
+
+    def _said(self, name: str) -> str:
+        value = getattr(self, name)
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     def _is_given(self, name: str) -> bool:
         return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megarlhf.config.fields import default_of
+from megarlhf.config.fields import default_of, show
 from megarlhf.config.sections import ModelConfig, PretrainingDataConfig, RunConfig, ScheduleConfig
 
 OF_STEPS = (
@@ -94,9 +94,15 @@ def unjudged_doubts(run: RunConfig, **data: object) -> list[str]:
 
 def reference_doubts(name: str, model: ModelConfig, reference: ModelConfig) -> list[str]:
     """A reference that is not what the policy, the model of that `name`, starts from."""
-    if model.load is None or model.load == reference.load:
+    if model.load is None:
         return []
-    return [f"reference.load {reference.load} is not what the policy starts from, {name}.load {model.load}"]
+    if model.load != reference.load:
+        return [f"reference.load {reference.load} is not what the policy starts from, {name}.load {model.load}"]
+    differing = [key for key in ("load_model", "load_average") if getattr(model, key) != getattr(reference, key)]
+    return [
+        f"reference.{key} {show(getattr(reference, key))} is not what the policy starts from, {name}.{key} {show(getattr(model, key))}"
+        for key in differing
+    ]
 
 
 def idle_doubts(config: Any) -> list[str]:

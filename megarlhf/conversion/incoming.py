@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarlhf.conversion.new_folder import new_folder
 from megarlhf.conversion.tokenizer_files import copy_tokenizer, has_tokenizer, load_travelling
+from megarlhf.data.tokenizers import said_of_opening
 from megarlhf.models.architecture import Architecture, architecture_to_dict
 from megarlhf.models.parameters import Head, ParameterSpec, parameter_specs
 from megarlhf.storage.checkpoints import Part, finish, write_part
@@ -102,7 +103,7 @@ def _tokenizer(model: Incoming, path: Path | None, eos_token: str | None, ends: 
             f"its files say that texts end with token {said}, and its tokenizer that they do with {tokenizer.eos_id}: answers will not end "
             "where they did; is this meant? --eos-token names another"
         )
-    return {"tokenizer": tokenizer.fingerprint}, [*more, *([tokenizer.unopened] if tokenizer.unopened else [])]
+    return {"tokenizer": tokenizer.fingerprint}, [*more, *filter(None, [said_of_opening(tokenizer)])]
 
 
 def _lazy(model: Incoming, spec: ParameterSpec) -> LazyTensor:

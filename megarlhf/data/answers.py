@@ -1,6 +1,7 @@
 """Two models' answers to the same prompts, and labels that say whose answer is better.
 
-Answers are `responses.jsonl` of a run, or lines of {"prompt", "response"} from elsewhere. Labels are lines of
+Answers are `responses.jsonl` of a run, or lines of {"prompt", "response"} from elsewhere; where the prompt was a chat, "messages" say so,
+and it is written by the tokenizer's template as it was when it was asked. Labels are lines of
 {"id" or "prompt", "preference": "a", "b" or "tie"}.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megarlhf.data.fields import name_field, text_field
+from megarlhf.data.fields import Messages, messages_field, name_field, text_field
 from megarlhf.data.files import BadRecord, json_record, lines
 from megarlhf.data.records import OnBadRecord, RecordReport, sift
 from megarlhf.data.tokenized import TextEncoder, TokenIds
@@ -29,6 +30,7 @@ class Answer:
     """One model's answer to a prompt."""
 
     prompt: str
+    """Its text; of a chat, once it is encoded, what the template wrote."""
     response: str
     """May be empty: a model may end at once."""
     finished: bool
@@ -36,6 +38,8 @@ class Answer:
     id: str | int | None
     source: str
     """"file:line"."""
+    chat: Messages | None = None
+    """The messages that were answered, where the prompt is a chat."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Label:
 
 
 def read_answers(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> tuple[list[Answer], RecordReport]:
-    """Read {"prompt", "response"} lines, with an optional "finished" (else true) and "id". Raises BadRecord."""
+    """Read {"prompt", "response"} lines, with optional "messages", "finished" (else true) and "id". Raises BadRecord."""
 
     def convert(item: tuple[str, bytes]) -> Answer:
         source, record = item[0], json_record(*item)
@@ -70,7 +74,9 @@ def read_answers(path: str | Path, *, on_bad_record: OnBadRecord = "raise") -> t
             response = text_field(source, record, "response")
         if not isinstance(finished, bool):
             raise BadRecord(source, "wrong type", '"finished" is not true or false', "Make it so, or leave it out.")
-        return Answer(text_field(source, record, "prompt"), response, finished, name_field(source, record, "id"), source)
+        chat = messages_field(source, record, "messages", last="user") if "messages" in record else None
+        prompt = "" if chat is not None else text_field(source, record, "prompt")
+        return Answer(prompt, response, finished, name_field(source, record, "id"), source, chat)
 
     return sift(str(path), lines(path), convert, on_bad_record=on_bad_record)
 
@@ -98,7 +104,7 @@ def answer_rows(
     encoder = TextEncoder(tokenizer)
 
     def convert(answer: Answer) -> AnswerRow:
-        prompt = encoder.encode(answer.source, "prompt", answer.prompt)
+        prompt = encoder.encode_prompt(answer.source, answer.prompt if answer.chat is None else answer.chat)
         response = encoder.encode(answer.source, "response", answer.response) if answer.response else []
         response = [*response, *([tokenizer.eos_id] if answer.finished else [])]
         for what, ids, limit, most in (

@@ -1,4 +1,7 @@
-"""Rows of text through NVIDIA DALI: read ahead by a process of its own, and copied to the GPU from pinned memory where there is one."""
+"""Rows of text through NVIDIA DALI: read ahead by a process of its own.
+
+They stay on the host, with or without a GPU: rows are picked and packed there, and go to the device with all others (parallel/upload.py).
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ class DaliLoader:
         """(place, size) of the batch that the pipeline gives next."""
 
     def rows(self, start: int, n: int) -> Tensor:
-        """The rows of the places start .. start + n - 1: [n, seq_len] int64, on the GPU where there is one."""
+        """See `Loader`."""
         if self._pipeline is None or self._next != (start, n):
             self._pipeline = _pipeline(NumberedBatches(self._text, start, n))
-        (out,) = self._pipeline.run(torch.cuda.current_stream() if torch.cuda.is_available() else None)
+        (out,) = self._pipeline.run()
         self._next = (start + n, n)
         return torch.from_dlpack(out.as_tensor())[0].clone()  # the pipeline writes into its buffers again
 
@@ -38,11 +41,10 @@ def _pipeline(batches: NumberedBatches) -> Pipeline:
     """A pipeline whose every sample is a whole batch: DALI then has no rows to count."""
     from nvidia.dali import Pipeline, fn, types
 
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
     pipeline = Pipeline(
         batch_size=1,
         num_threads=1,
-        device_id=device,
+        device_id=None,
         prefetch_queue_depth=AHEAD,
         py_num_workers=1,
         py_start_method="spawn",
@@ -51,6 +53,6 @@ def _pipeline(batches: NumberedBatches) -> Pipeline:
         rows = fn.external_source(
             batches, batch=False, parallel=True, prefetch_queue_depth=AHEAD, dtype=types.INT64, ndim=2, bytes_per_sample_hint=batches.bytes
         )
-        pipeline.set_outputs(rows if device is None else rows.gpu())
+        pipeline.set_outputs(rows)
     pipeline.build()
     return pipeline

@@ -9,6 +9,7 @@ ends the assistant's turns with EOS. What a tokenizer loses of the texts is coun
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,6 +79,11 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
         more = row.ranks if isinstance(row, RankingRow) else row.earlier_answers if isinstance(row, DemonstrationRow) else ()
         whole.update(f"{more}".encode())
     return whole.hexdigest()
+
+
+def fields_fingerprint(rows: Iterable[PromptRow]) -> str:
+    """A hash of what prompts' records say besides, which rewards of one's own may go by."""
+    return hashlib.sha256(json.dumps([dict(row.fields) for row in rows], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

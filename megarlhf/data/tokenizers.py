@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[E
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 
 
+CONFIG_FILE = "tokenizer_config.json"
 CONFIGURED_NAMES = ("eos_token", "pad_token", "bos_token")
 """What a `tokenizer_config.json` may name; no text may yield any of them."""
 
@@ -54,8 +55,8 @@ class Tokenizer(Protocol):
     """The file; a chat template is looked for beside it (`data/chat.py`)."""
     controls: Mapping[str, int]
     """The names and ids of the control tokens."""
-    unopened: str
-    """What is to be said of a token that transformers writes before every text, and this program does not; empty where there is none."""
+    opening: str | None
+    """The control token that transformers begins every text with, as the files say; nothing here does, but a chat template may."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText where the model knows no other way."""
@@ -121,7 +122,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint([content], self.eos_id, self.pad_id)
         self._controls = controls | ({impossible} & {self.pad_id})
         self.path, self.controls = path, {model.id_to_piece(i): i for i in sorted(controls)}
-        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, _configured_opening(path, named))
+        self.opening = _configured_opening(path, named)
         self._id_of_mark = {mark: i for i, mark in marks_of(controls).items()}
         rewritten = _read(path, lambda: sentencepiece_without(content, controls))
         self._model = _read(path, lambda: sentencepiece.SentencePieceProcessor(model_proto=rewritten))
@@ -171,9 +172,10 @@ class HuggingFaceTokenizer:
         self.path, self._original = path, model
         self.controls = {name: i for name, i in vocab.items() if i in controls | {self.eos_id}}
         self._mark_of_id = marks_of(self.controls.values())
-        opened = next(iter(model.encode("").ids), None)  # what its file puts around a text
-        opening = opened if opened in self.controls.values() else _configured_opening(path, named)
-        self.unopened = _unopened(path, {i: name for name, i in self.controls.items()}, opening)
+        self.opening = _configured_opening(path, named)
+        with_specials, without = (_read(path, partial(model.encode, "a", add_special_tokens=add)).ids for add in (True, False))
+        if with_specials[:1] != without[:1] and not self._controls.isdisjoint(with_specials[:1]):
+            self.opening = model.id_to_token(with_specials[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none of them a control token. Raises UnwritableText."""
@@ -238,9 +240,8 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
 
     ValueError where the vocabulary lacks the EOS that is named: another one would end nothing that was meant to end.
     """
-    config = path.with_name("tokenizer_config.json")
-    tree = read_json(config) if config.is_file() else {}
-    names = {key: value.get("content") if isinstance(value := tree.get(key), dict) else value for key in CONFIGURED_NAMES}
+    config = path.with_name(CONFIG_FILE)
+    names = {key: _configured_name(path, key) for key in CONFIGURED_NAMES}
     eos, who = (eos_token, "eos_token") if eos_token is not None else (names["eos_token"], f"eos_token in {config}")
     if eos is not None and (not isinstance(eos, str) or eos not in vocab):
         raise ValueError(f"{path} has no token {eos!r}, which {who} names as the end of a text; name one that it has with eos_token=")
@@ -248,19 +249,29 @@ def _named(path: Path, vocab: Mapping[str, int], eos_token: str | None) -> dict[
     return {key: vocab[name] for key, name in names.items() if isinstance(name, str) and name in vocab}
 
 
-def _configured_opening(path: Path, named: Mapping[str, int]) -> int | None:
-    """The id of the token that a `tokenizer_config.json` has transformers write before each text, if any."""
-    config = path.with_name("tokenizer_config.json")
-    return named.get("bos_token") if config.is_file() and read_json(config).get("add_bos_token") is True else None
+def _configured(path: Path) -> dict:
+    """The tokenizer_config.json beside a tokenizer's file; empty where there is none."""
+    config = path.with_name(CONFIG_FILE)
+    return read_json(config) if config.is_file() else {}
 
 
-def _unopened(path: Path, names: Mapping[int, str], opening: int | None) -> str:
-    if opening is None:
-        return ""
-    return (
-        f"{path}: transformers writes {names.get(opening, opening)} before each text, and plain text has none here; a model that was "
-        "trained with it expects it: write records as messages, whose template brings it"
-    )
+def _configured_name(path: Path, key: str) -> str | None:
+    value = _configured(path).get(key)
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _configured_opening(path: Path, named: Mapping[str, int]) -> str | None:
+    """What a tokenizer_config.json has transformers begin every text with, if anything."""
+    adds = _configured(path).get("add_bos_token") is True and "bos_token" in named
+    return _configured_name(path, "bos_token") if adds else None
+
+
+def said_of_opening(tokenizer: Tokenizer) -> str | None:
+    """What is to be said where plain text is for a model that was trained on texts with an opening; None where there is none."""
+    if tokenizer.opening is None:
+        return None
+    begins = f"{tokenizer.path} has transformers begin every text with {tokenizer.opening}"
+    return f"{begins}, and plain text begins without here: a chat template can write it (docs/data.md, Chats)"
 
 
 def _no_eos(path: Path) -> str:

@@ -138,6 +138,10 @@ def judge_network(env: Mapping[str, str], interfaces: Sequence[str], *, ranks_he
     if ranks_here > 1 and "OMP_NUM_THREADS" not in env:
         text = f"OMP_NUM_THREADS is not set, and {ranks_here} ranks of this machine take all its cores each"
         findings.append(Finding("network", DOUBT, text, "OMP_NUM_THREADS=1, as launcher/start.sh has it"))
+    segments = any("expandable_segments:True" in env.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if cuda and segments and env.get("NCCL_GRAPH_REGISTER") != "0":
+        text = "expandable_segments are on and NCCL_GRAPH_REGISTER is not 0: CUDA graphs of several ranks would read wrong addresses"
+        findings.append(Finding("network", DOUBT, text, "NCCL_GRAPH_REGISTER=0, as launcher/start.sh has it"))
     if cuda and env.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         text = "CUDA_DEVICE_MAX_CONNECTIONS is not 1: tensor-parallel communication overlaps less"
         findings.append(Finding("network", DOUBT, text, "CUDA_DEVICE_MAX_CONNECTIONS=1, as launcher/start.sh has it"))

@@ -18,6 +18,18 @@ from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.upload import upload
 
 
+class NotFiniteError(ValueError):
+    """A model that is not being trained gives numbers that are not finite."""
+
+
+def require_finite(found: Tensor, what: str, *, precision: str) -> None:
+    """NotFiniteError where any of `found` [rows, ...] is not finite."""
+    finite = found.isfinite().flatten(1).all(dim=1) if found.dim() > 1 else found.isfinite()
+    if not finite.all():
+        way_out = "fp16 holds no number above 65504: take bf16 or fp32" if precision == "fp16" else "is its checkpoint sound?"
+        raise NotFiniteError(f"a model's {what} are not finite for {int((~finite).sum())} of {len(finite)} rows in {precision}; {way_out}")
+
+
 class Engine:
     """Forward passes of one model, frozen or trained.
 

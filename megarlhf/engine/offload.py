@@ -32,13 +32,15 @@ class _Moved:
     device: torch.device
     copied: bool
     """Whether its bytes matter."""
-    host: Tensor | None = None
-    """[num_bytes] uint8, kept for the next time."""
+    host: list[Tensor] | None = None
+    """[n] uint8, `num_bytes` together, kept for the next time."""
     is_away: bool = False
 
     @property
-    def bytes_as_tensor(self) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self.storage)
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(its bytes here, where they are on the host), piece by piece."""
+        here = torch.empty(0, dtype=torch.uint8, device=self.device).set_(self.storage)
+        return list(zip(here.split([len(piece) for piece in self.host]), self.host, strict=True))
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Offload:
                 moved.storage.resize_(moved.num_bytes)
                 moved.is_away = False
             group.is_away = False
-            copied = [(moved.bytes_as_tensor, moved.host) for moved in coming if moved.copied]
+            copied = [pair for moved in coming if moved.copied for pair in moved.pairs]
             if copied:
                 group.coming.append(self._side.run(lambda pairs=copied: [here.copy_(host, non_blocking=True) for here, host in pairs]))
                 for here, _ in copied:
@@ -128,11 +130,11 @@ class Offload:
         """Frozen weights are copied out once."""
         new = [moved for moved in going if moved.host is None or not self._frozen]
         for moved in new:
-            moved.host = side_stream.host_buffer(moved.num_bytes) if moved.host is None else moved.host
-        pairs = [(moved.host, moved.bytes_as_tensor) for moved in new]
+            moved.host = side_stream.host_buffers(moved.num_bytes) if moved.host is None else moved.host
+        pairs = [pair for moved in new for pair in moved.pairs]
         if pairs:
-            self._side.run(lambda: [host.copy_(here, non_blocking=True) for host, here in pairs])
-            for _, here in pairs:
+            self._side.run(lambda: [host.copy_(here, non_blocking=True) for here, host in pairs])
+            for here, _ in pairs:
                 self._side.uses(here)
 
     def _storages(self, kind: Kind, before: _Group) -> dict[int, _Moved]:

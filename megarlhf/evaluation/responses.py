@@ -13,7 +13,7 @@ from megarlhf.batch import Prompts, Rollouts
 from megarlhf.config.sections import SamplingConfig
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
-from megarlhf.engine.engine import Engine
+from megarlhf.engine.engine import Engine, require_finite
 from megarlhf.generation.generator import Generator
 from megarlhf.generation.in_flight import Listener
 from megarlhf.parallel.seed import derive_seed
@@ -23,6 +23,7 @@ NUM_SAMPLES = 4
 ANSWER_FIELDS = ("prompt", "response", "finished", "reward", "kl", "sample")
 """What the record of an answer says of itself."""
 
+SAID = "log-probabilities of what it says"
 Purpose = Literal["ppo rollouts", "ppo validation", "sft validation", "generate", "evaluate", "chat"]
 """What responses are sampled for. Each has a noise of its own, of the same seed: no two purposes see the same draws."""
 
@@ -105,8 +106,12 @@ def generate(
     iteration: int = 0,
     listener: Listener | None = None,
 ) -> Rollouts:
-    """Sample one response to each prompt as `sampling` says, with the noise of (seed, purpose, iteration)."""
-    return generator.generate(
+    """Sample one response to each prompt as `sampling` says, with the noise of (seed, purpose, iteration).
+
+    NotFiniteError where their log-probabilities are not finite, since any token can come of such; those of PPO's rollouts are left to
+    the update, which knows of it.
+    """
+    rollouts = generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -119,6 +124,9 @@ def generate(
         cuda_graphs=sampling.cuda_graphs,
         listener=listener,
     )
+    if purpose != "ppo rollouts":
+        require_finite(rollouts.logprobs, SAID, precision=generator.precision)
+    return rollouts
 
 
 def response_records(

@@ -13,8 +13,9 @@ from megarlhf.batch import Prompts, Rollouts, Rows, pad_rows
 from megarlhf.data.task_rows import TaskRow
 from megarlhf.data.tasks import Metric
 from megarlhf.data.tokenizers import Tokenizer
-from megarlhf.engine.engine import Engine
+from megarlhf.engine.engine import Engine, require_finite
 from megarlhf.evaluation.intervals import interval_metrics
+from megarlhf.evaluation.responses import SAID
 from megarlhf.generation.generator import Generator
 
 ROWS_AT_ONCE = 4096
@@ -52,6 +53,7 @@ def answer_results(
         prompts = Prompts(tokens=tokens, lengths=lengths, ids=torch.arange(len(some)))
         limit = max(row.max_new_tokens for row in some)
         rollouts = generator.generate(prompts, max_new_tokens=limit, temperature=0.0, seed=0, iteration=0)
+        require_finite(rollouts.logprobs, SAID, precision=generator.precision)
         for row, response in zip(some, _first_lines(rollouts, tokenizer), strict=True):
             metric = row.record.metric
             found = {"answers": list(row.record.answers), "response": response, metric: METRICS[metric](response, row.record.answers)}

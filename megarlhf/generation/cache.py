@@ -156,7 +156,7 @@ class SlotCache:
 
     def _read_used(self, stored: Tensor, query: Tensor, used: Tensor) -> Tensor:
         """Of each slot its first `used` [n] int32 positions, by torch's varlen kernel, to which slots are rows of `capacity` tokens."""
-        from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
+        from torch.nn.attention.varlen import varlen_attn  # here: see `has_varlen_kernel`
 
         n, _, per_head, _ = query.shape
         keys, values = (part[:n].transpose(1, 2).flatten(0, 1) for part in stored)  # [n * capacity, kv_heads, head_size], no copies

@@ -19,7 +19,7 @@ from megarlhf.generation.schedule import Slots, WaitingRow, dealt, level, slots_
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.decoding import packed_forward
 from megarlhf.models.parameters import kv_heads_per_rank
-from megarlhf.models.transformer import Transformer, sequence_parallel_off
+from megarlhf.models.transformer import DTYPES, Transformer, sequence_parallel_off
 from megarlhf.parallel.collectives import gather_rows, of_every_copy
 from megarlhf.parallel.groups import ModelGroups
 from megarlhf.parallel.pipeline import StageMessages
@@ -110,6 +110,11 @@ class Generator:
     def bytes_per_slot(self, capacity: int) -> int:
         """Bytes that a row of `capacity` tokens takes of kv_cache_bytes."""
         return bytes_per_slot(self.architecture, self.groups.layout, self._dtype, capacity)
+
+    @property
+    def precision(self) -> str:
+        """Of the weights: fp32, bf16 or fp16."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -17,9 +18,28 @@ PADDED_SHARE = 0.5
 """Most padding, as a share of the real tokens, for which rows of several lengths share a call: a call costs as much as a row or two."""
 
 
+LEAST_CAPABILITY = (8, 0)
+MOST_HEAD_SIZE = 256
+"""What FlashAttention 2 is for."""
+VARLEN_ARGUMENTS = {"window_size", "enable_gqa", "seqused_k"}
+"""What is asked of torch's varlen attention: 2.12 is the first to have them all, and 2.10 the first to have it."""
+
+
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch's varlen attention (FlashAttention) is for these: it needs CUDA, 16 bits and heads of whole 16 bytes."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
+    """Whether torch's varlen attention (FlashAttention) is for these: it needs CUDA, 16 bits and heads of whole 16 bytes, up to 512."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= MOST_HEAD_SIZE
+    return device.type == "cuda" and fits and _runs_varlen_kernel(device)
+
+
+@functools.cache
+def _runs_varlen_kernel(device: torch.device) -> bool:
+    """Whether this torch has the kernel, with all that is asked of it, and the device is one for it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
+    except ImportError:
+        return False
+    takes_all = VARLEN_ARGUMENTS <= set(inspect.signature(varlen_attn).parameters)
+    return takes_all and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 class PackedRows:
@@ -27,12 +47,16 @@ class PackedRows:
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         """lengths: tokens of each row."""
-        self._groups = [_RowsTogether(rows, device) for rows in rows_together(lengths)]
-        self._longest = max(lengths)
+        self._lengths, self._device, self._longest = lengths, device, max(lengths)
         ends = list(itertools.accumulate(lengths, initial=0))
         positions = positions_in_rows(torch.tensor(lengths))
         self.positions, self._boundaries = upload([positions, torch.tensor(ends, dtype=torch.int32)], device)
         self._angles: tuple[Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def _groups(self) -> list[_RowsTogether]:
+        """Rows that share a call; nothing is uploaded for them where the varlen kernel needs none."""
+        return [_RowsTogether(rows, self._device) for rows in rows_together(self._lengths)]
 
     def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """`Rotary.angles` of the tokens [tokens, size / 2], worked out once for all layers."""
@@ -43,7 +67,7 @@ class PackedRows:
     def attend(self, parts: Sequence[Tensor]) -> Tensor:
         """`causal_attention` within each row: parts [tokens, kv_heads, ..., head_size] -> [tokens, heads * head_size]."""
         if has_varlen_kernel(parts[0].device, parts[0].dtype, parts[0].shape[-1]):
-            from torch.nn.attention.varlen import varlen_attn  # here: it brings torch's compiler, some two seconds that a CPU need not wait
+            from torch.nn.attention.varlen import varlen_attn
 
             query, key, value = apart_by_heads(parts)
             grouped, ends, longest = query.shape[1] != key.shape[1], self._boundaries, self._longest

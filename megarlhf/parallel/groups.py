@@ -37,7 +37,7 @@ class ModelGroups:
     pp: dist.ProcessGroup
     """Pipeline stages of one copy with the same tp; activations travel here."""
     pp_back: dist.ProcessGroup
-    """The same stages, for gradients: a group of its own where they would meet activations between the same two ranks."""
+    """The same stages, for gradients, and for ids that are sampled: a group of its own where they would meet activations."""
     copy: dist.ProcessGroup
     """All ranks of one copy of the model (tp x pp)."""
     outputs: dist.ProcessGroup
@@ -262,12 +262,14 @@ def shared_devices(places: list[str]) -> list[str]:
 
 
 def _choose_device(local_rank: int) -> str:
-    """Make this rank's CUDA device the current one; returns what tells it from all others: "host uuid", or "host" on the CPU."""
+    """Make this rank's CUDA device the current one, as this program wants it; returns what tells it from all others: "host uuid", or
+    "host" on the CPU."""
     host = socket.gethostname()
     if not torch.cuda.is_available():
         return host
     index = device_of_rank(local_rank, torch.cuda.device_count())
     torch.cuda.set_device(index)
+    platform.multiply_float32_in_full()
     return f"{host} {torch.cuda.get_device_properties(index).uuid}"
 
 

@@ -90,12 +90,12 @@ class ParallelLayout:
 
     @property
     def messages_meet(self) -> bool:
-        """Whether activations and gradients travel from one stage to the same other: their order would decide which is which.
+        """Whether what goes on to the next stage and what comes back from the last one travel between the same two: there are but two.
 
-        Activations go to the next stage, and with virtual stages from the last one to the first; gradients go back.
+        In one group the order would then decide which is which, where stages have several chunks; and on NCCL, which carries out what
+        is posted between two ranks one after the other whichever way it goes, each could wait behind the other.
         """
-        hops = {(stage, (stage + 1) % self.pp) for stage in range(self.pp if self.virtual_pp > 1 else self.pp - 1)}
-        return not hops.isdisjoint((target, source) for source, target in hops)
+        return self.pp == 2
 
     def chunks(self, num_layers: int, pp_rank: int) -> list[range]:
         """The layers of each of a stage's ``virtual_pp`` chunks, numbered globally from 0.

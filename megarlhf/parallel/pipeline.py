@@ -69,7 +69,8 @@ class StageMessages:
     """What travels between the stages of a copy while it generates; nobody waits for a send.
 
     Activations and what goes with them travel in one group from each stage to the next, and in another what the last stage tells the
-    first: with two stages they would else meet (see `StageCommunicator`).
+    first: with two stages they would else meet. On NCCL two ranks then had one queue for both ways, and a send ends when it is received:
+    the second group's activations would wait for ids to be taken that stand behind them.
     """
 
     MOST_UNDER_WAY = 8

@@ -70,6 +70,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def multiply_float32_in_full() -> None:
+    """On CUDA, have float32 matrices multiplied in float32: NVIDIA's images tell torch to round their numbers to TF32's 10 bits first.
+
+    They set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which torch reads when it is loaded.
+    """
+    torch.set_float32_matmul_precision("highest")
+
+
 def give_back_freed_memory() -> None:
     """On CUDA, give what the allocator keeps back to the device: what comes next cuts it otherwise. A CPU's is used again as it is."""
     if torch.cuda.is_available():

@@ -58,6 +58,20 @@ class SideStream:
         return seconds
 
 
+LEAST_PIECE = 16 * 2**20
+"""Bytes of the smallest piece of `host_buffers` that is worth a copy of its own."""
+
+
+def host_buffers(num_bytes: int) -> list[torch.Tensor]:
+    """`num_bytes` in pieces, the largest first: torch takes pinned memory in powers of two, of one piece up to twice what is asked for."""
+    pieces = []
+    while num_bytes:
+        size = 2 ** (num_bytes.bit_length() - 1)
+        pieces.append(size if size >= LEAST_PIECE else num_bytes)
+        num_bytes -= pieces[-1]
+    return [host_buffer(size) for size in pieces]
+
+
 def host_buffer(num_bytes: int) -> torch.Tensor:
     """[num_bytes] uint8 on the host, in pinned memory where there is CUDA, which copies from and to it without the processor."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())

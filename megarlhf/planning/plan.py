@@ -176,6 +176,7 @@ def dry_runs(jobs: Sequence[Job], *, processes: int = PROCESSES) -> list[RankRun
     share = -(-len(jobs) // processes)
     hands = [jobs[start : start + share] for start in range(0, len(jobs), share)]  # alike ones together: one knows what another has seen
     spawn = multiprocessing.get_context("spawn")
-    quiet = mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "ERROR"})  # torch wonders about process groups without a backend
-    with quiet, concurrent.futures.ProcessPoolExecutor(len(hands), mp_context=spawn) as pool:
+    seen = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch wonders about process groups without a backend
+    seen["CUDA_VISIBLE_DEVICES"] = ""  # where there is a GPU, megatron would build on it what is to have no values
+    with mock.patch.dict(os.environ, seen), concurrent.futures.ProcessPoolExecutor(len(hands), mp_context=spawn) as pool:
         return [run for of_hand in pool.map(dry_run_each, hands) for run in of_hand]

@@ -26,6 +26,8 @@ MOST_POINTS = 1000
 MOST_MARKED = 40
 """Points of a curve that are marked one by one."""
 FRONTIERS = (("rollout", "rollout/kl", "rollout/reward_mean"), ("valid", "valid/kl", "valid/reward_mean"))
+WITHIN_PHASES = ("time/offload_seconds",)
+"""Seconds that the phases have in them: a sum of times has them once."""
 LENGTHS = ("rollout/response_len", "valid/response_len", "responses/response_len")
 
 
@@ -181,7 +183,7 @@ def _by_phase(run: RunRecord, prefix: str, suffix: str, of: Callable[[Iterable[f
     """Phase -> number; memory that belongs to no phase is "process"."""
     found = {}
     for name, curve in run.curves.items():
-        if name.startswith(prefix) and name.endswith(suffix):
+        if name.startswith(prefix) and name.endswith(suffix) and name not in WITHIN_PHASES:
             found[name.removeprefix(prefix).removesuffix(suffix).strip("_") or "process"] = of(curve.finite)
     return found
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megarlhf import __version__
-from megarlhf.report.figures import MOST_POINTS, colour, cost_figures, curve_figures, frontier, length_figures
+from megarlhf.report.figures import MOST_POINTS, WITHIN_PHASES, colour, cost_figures, curve_figures, frontier, length_figures
 from megarlhf.report.reading import RunRecord
 from megarlhf.report.rules import RULES, warnings_of
 
@@ -77,7 +77,7 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Header and rows of the summary: what each run is, how far, and its newest numbers."""
     rows = []
     for run in runs:
-        seconds = sum(sum(curve.finite) for name, curve in run.curves.items() if name.startswith("time/"))
+        seconds = sum(sum(curve.finite) for name, curve in run.curves.items() if name.startswith("time/") and name not in WITHIN_PHASES)
         newest = _newest(run)
         numbers = [next((_shown(newest[name]) for name in names if name in newest), "-") for _, names in SHOWN]
         saved = f"step {run.checkpoints[-1]}" if run.checkpoints else "-"

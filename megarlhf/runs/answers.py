@@ -21,10 +21,16 @@ HOW_THEY_ARE_MADE = ("max_batch_size", "kv_cache_bytes", "cuda_graphs")
 """Keys of `sampling` that decide nothing about the answers."""
 
 
-def inputs_of(config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str, str], prompts: Sequence[PromptRow]) -> dict[str, Any]:
-    """What decides which answers a run gives to which questions, and in what form: plain values by name."""
+def inputs_of(
+    config: GenerateConfig | EvaluateConfig, fingerprints: Mapping[str, str], prompts: Sequence[PromptRow], *, weights: str | None = None
+) -> dict[str, Any]:
+    """What decides which answers a run gives to which questions, and in what form: plain values by name.
+
+    `weights`: the identity of the model's checkpoint, where some of the answers may be there already: all are to be of one model.
+    """
     fields = json.dumps([dict(row.fields) for row in prompts]).encode()
     model = {name: getattr(config.model, name) for name in ("load", "load_model", "load_average")}
+    model |= {"identity": weights} if weights is not None else {}
     sampling = {name: value for name, value in to_dict(config)["sampling"].items() if name not in HOW_THEY_ARE_MADE}
     several = {"samples_per_prompt": config.samples_per_prompt} if isinstance(config, GenerateConfig) else {}
     return several | {

@@ -99,6 +99,29 @@ def best_step(folder: Path) -> int | None:
     return step
 
 
+def best_as_of(folder: Path, step: int, best: int | None) -> tuple[int | None, str]:
+    """(the best checkpoint of a run that goes on from `step`, what is to be said of it).
+
+    One that best.json names and that comes after `step` is of steps that come again, perhaps otherwise. `best` was it at `step`.
+    """
+    named = best_step(folder)
+    if named is None or named <= step:
+        return named, ""
+    if best is not None and (folder / f"step_{best:08d}").is_dir():
+        write_best(folder, best)
+        return best, f"the best checkpoint was step {named}, which comes again: it is step {best}, as it was then"
+    best_file(folder).unlink()
+    return None, f"the best checkpoint was step {named}, which comes again: none is, until the next evaluation"
+
+
+def unfinished(path: str, saved: Saved) -> str:
+    """What is doubtful of a checkpoint that `find_source` found in the run folder `path`: the run has not come to its end."""
+    step, total = saved.state.get("step"), saved.state.get("total_steps")
+    if total is None or step >= total or saved.path == Path(path) or best_step(saved.path.parent) is not None:
+        return ""
+    return f"; is this meant? that run is at step {step} of {total}"
+
+
 def _named(folder: Path) -> list[tuple[Path, int]]:
     """(path, step in its name) of the real folders with a checkpoint's name, from the highest step down."""
     if not folder.is_dir():

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from megarlhf.engine.trainable import TrainEngine
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
-from megarlhf.runs.checkpoints import own_checkpoints, prune, write_best
+from megarlhf.runs.checkpoints import best_as_of, own_checkpoints, prune, write_best
 from megarlhf.runs.environment import ENVIRONMENT_FILE, environment
 from megarlhf.runs.interruption import Interruption
 from megarlhf.runs.lock import FolderLock, not_fresh
@@ -82,6 +82,7 @@ class Run:
         self.resumed: Saved | None = None
         """The checkpoint that the run goes on from; None at its beginning."""
         self._changed: list[str] = []
+        self._best: int | None = None
         self.saving = Saving(self.checkpoints, world, in_background=self.config.save_in_background, after=self._after_save)
         """Its checkpoints as they are written."""
         try:
@@ -135,6 +136,10 @@ class Run:
         """Write a result of the run into its folder; a collective."""
         on_rank_0(self.world, lambda: write_atomically(self.dir / name, text))
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove results of before that this run does not write; a collective."""
+        on_rank_0(self.world, lambda: [(self.dir / name).unlink(missing_ok=True) for name in names])
+
     def say_changes(self) -> None:
         """Say where the run goes on, and what has changed since then."""
         assert self.resumed is not None
@@ -148,6 +153,14 @@ class Run:
         ConfigError on every rank where a sink cannot be opened, or a log of before is broken.
         """
         on_rank_0(self.world, self._open_logs, step)
+
+    def find_best(self) -> bool:
+        """Know the best checkpoint so far; False where the one that was it is there no more. A collective."""
+        state = self.resumed.state if self.resumed is not None else {"step": 0}
+        self._best, changed = on_rank_0(self.world, best_as_of, self.checkpoints, state["step"], state.get("best_step"))
+        if changed:
+            self.say(changed)
+        return self._best is not None or not changed
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, object]] = ()) -> None:
         """Write one step's metrics to every sink, and its sampled responses; then call the callbacks."""
@@ -166,19 +179,22 @@ class Run:
         cursors: dict,
         *,
         alerts: Mapping[str, Sequence[float]],
+        of: int,
         best: bool = False,
         last: bool = False,
-    ) -> None:
-        """Write the checkpoint of `step`, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.
+    ) -> bool:
+        """Write the checkpoint of `step` `of` so many, remember it as the best if it is, and remove the oldest beyond keep_checkpoints.
 
-        With run.save_in_background it is written beside the steps that follow, and `saving.finish` is for the caller to call; not
-        the `last`, which is whole at the return. Where the disk has no room for it that is said and the run goes on, unless it is the
-        `last`: a RunError then, as when writing fails, on every rank. What was there before stays.
+        Returns whether it is written. With run.save_in_background that is done beside the steps that follow, and `saving.finish` is for
+        the caller to call; not the `last`, which is whole at the return. Where the disk has no room for it that is said and the run goes
+        on, unless it is the `last`: a RunError then, as when writing fails, on every rank. What was there before stays.
         """
         state = {
             "stage": self.stage,
             "run": self.id,
             "step": step,
+            "total_steps": of,
+            "best_step": step if best else self._best,
             "cursors": cursors,
             "alerts": alerts,
             "config": to_dict(self._whole),
@@ -189,6 +205,9 @@ class Run:
             if last:
                 raise RunError(f"{no_room}; make room and start the same command again: {self.newest()}")
             self.say(f"{no_room}; it is not written, and training goes on")
+            return False
+        self._best = state["best_step"]
+        return True
 
     def newest(self) -> str:
         """Which checkpoint is the newest, in words, once the one that is being written is whole; on every rank."""

@@ -32,6 +32,8 @@ class Stage:
     """Steps (PPO: iterations) of the whole run."""
     notes: Sequence[str] = ()
     """What the user is told before the first step, a line for each."""
+    best: float | None = None
+    """What the best evaluation so far gave, where evaluations choose a checkpoint."""
     samples: Sequence[Mapping[str, object]] = ()
     """Responses of the newest step or evaluation: "prompt", "response", and what is known of them."""
 
@@ -95,13 +97,15 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
     refuse_late_profile(run, stage.total_steps)
     run.introduce(stage.notes)
     run.open_logs(start)
+    if not run.find_best():
+        stage.best = None
     evaluation: dict[str, float] = {}
     pace, alerts = _Pace(run, interruption), Alerts(deviations=run.config.alert_deviations, window=run.config.alert_window)
     if run.resumed is not None:
         alerts.load_state_dict(run.resumed.state.get("alerts", {}))
     with Progress(run.stage, stage.total_steps, initial=start, enabled=run.is_writer) as progress:
         for number in range(start, stage.total_steps):
-            done, last, best = number + 1, number + 1 == stage.total_steps, False
+            done, last, best, best_before = number + 1, number + 1 == stage.total_steps, False, stage.best
             run.world.alarm.doing = f"step {done}"
             with profiled(run, done):
                 metrics = stage.step(number)
@@ -124,7 +128,8 @@ def _run_steps(stage: Stage, run: Run, start: int, interruption: Interruption) -
             stage.samples = ()
             progress.update({_short(name): metrics[name] for name in stage.shown if name in metrics})
             if last or best or asked or save_now or _due(done, run.config.save_every):
-                _save(stage, run, done, alerts, best=best, last=last or bool(asked))
+                if not _save(stage, run, done, alerts, best=best, last=last or bool(asked)):
+                    stage.best = best_before
                 pace.saved()
             if asked and not last:
                 by = f"run.stop_after_minutes {run.config.stop_after_minutes:g}" if asked == CLOCK else signal.Signals(asked).name
@@ -147,11 +152,11 @@ def _say_evaluation(run: Run, done: int, evaluation: Mapping[str, float], best: 
         run.say(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in evaluation.items())}{' (best)' if best else ''}")
 
 
-def _save(stage: Stage, run: Run, done: int, alerts: Alerts, *, best: bool, last: bool) -> None:
-    """Save what is finite, as it is now."""
+def _save(stage: Stage, run: Run, done: int, alerts: Alerts, *, best: bool, last: bool) -> bool:
+    """Save what is finite, as it is now; False where the disk has no room for it."""
     if broken := [name for name, engine in stage.models.items() if not engine.weights_are_finite()]:
         raise RunError(f"step {done}: the weights of {', '.join(broken)} are not finite; they are not saved, {run.newest()}")
-    run.save(done, stage.models, stage.state_dict(), alerts=alerts.state_dict(), best=best, last=last)
+    return run.save(done, stage.models, stage.state_dict(), alerts=alerts.state_dict(), of=stage.total_steps, best=best, last=last)
 
 
 class _Pace:

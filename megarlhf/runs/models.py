@@ -25,7 +25,7 @@ from megarlhf.parallel import platform
 from megarlhf.parallel.groups import World
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.runs.agreement import RunError, on_rank_0, refuse_together
-from megarlhf.runs.checkpoints import find_source
+from megarlhf.runs.checkpoints import find_source, unfinished
 from megarlhf.runs.folder import Run
 from megarlhf.runs.row_lengths import RowLength
 from megarlhf.storage.checkpoints import Saved
@@ -39,6 +39,8 @@ class Source:
     model: str
     average: bool
     """Whether its moving average is taken."""
+    doubt: str = ""
+    """What is doubtful of it, such as that its run goes on."""
 
     @property
     def head(self) -> Head:
@@ -111,7 +113,9 @@ class ModelPlan:
         return getattr(self.config, "offload", ())
 
     def __str__(self) -> str:
-        source = "from this run's checkpoint" if self.resumed else f"from {self.source}" if self.source else "fresh weights"
+        new_head = ", with a new scalar head" if self.source and self.source.head != self.head else ""
+        given = f"from {self.source}{new_head}{self.source.doubt}" if self.source else "fresh weights"
+        source = "from this run's checkpoint" if self.resumed else given
         idle = getattr(self.config, "overlap", False) and self.layout.dp == 1
         doubt = "; is this meant? overlap has no effect with dp 1: there is nothing to exchange" if idle else ""
         parameters = f"{self.architecture.num_parameters(self.head):,} parameters"
@@ -263,7 +267,8 @@ class ModelPlanner:
     def _find(self, config: ModelConfig, role: str, head: Head, *, path: str) -> Source:
         saved = on_rank_0(self.world, find_source, path)
         model = chosen_model(saved, config.load_model, role, head)
-        return Source(saved, model, config.load_average and saved.models[model]["has_ema"])
+        average = config.load_average and saved.models[model]["has_ema"]
+        return Source(saved, model, average, on_rank_0(self.world, unfinished, path, saved))
 
     def _architecture(self, config: ModelConfig, source: Source | None) -> Architecture:
         if source is not None:

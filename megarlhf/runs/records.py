@@ -16,7 +16,7 @@ from megarlhf.data.pretraining import PretrainingStream
 from megarlhf.data.records import RecordReport, read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.shares import Shares
 from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows
-from megarlhf.data.tasks import read_task
+from megarlhf.data.tasks import Task, read_task
 from megarlhf.data.tokenized import (
     DemonstrationRow,
     PromptRow,
@@ -26,7 +26,7 @@ from megarlhf.data.tokenized import (
     ranking_rows,
     rows_fingerprint,
 )
-from megarlhf.data.tokenizers import Tokenizer, load_tokenizer
+from megarlhf.data.tokenizers import Tokenizer, load_tokenizer, said_of_opening
 from megarlhf.evaluation.text import HeldOutText
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.groups import World
@@ -188,12 +188,17 @@ class Records:
             self._note(report)
             self._note(fit if fit.num_skipped else None)
             self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
-            unopened = self.tokenizer.unopened
-            if unopened and unopened not in self.notes and any(not isinstance(getattr(record, "prompt", ""), tuple) for record in records):
-                self.notes.append(unopened)
+            self.notes += self._unopened(path, records)
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows
+
+    def _unopened(self, path: str, records: Sequence | Task) -> list[str]:
+        """A doubt where prompts are plain text, as a task's are, and the model likely knows texts with an opening."""
+        said = said_of_opening(self.tokenizer)
+        is_plain = isinstance(records, Task) or any(isinstance(getattr(record, "prompt", None), str) for record in records)
+        is_new = said is not None and not any(note.endswith(said) for note in self.notes)
+        return [f"{path}: is this meant? {said}"] if is_new and is_plain else []
 
     def _shares(self, records: Sequence | None) -> Shares:
         """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.

@@ -109,6 +109,8 @@ class Evaluation:
         metrics |= self._tasks() if data.tasks else {}
         metrics |= self._comparisons(judged) if data.pairs else {}
         metrics |= interval_metrics("win_rate/by_labels", list(by_prompt(data.labels).values()))
+        of_this = {RANKINGS_FILE: data.rankings, TASKS_FILE: data.tasks, COMPARISONS_FILE: data.pairs}
+        self.run.remove(name for name, given in of_this.items() if not given)
         self.run.write("evaluation.json", json.dumps(metrics, indent=1) + "\n")
         if self.run.is_writer:
             print(format_table(("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()]), flush=True)

@@ -15,6 +15,7 @@ from megarlhf.config.sections import SamplingConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.data.tokenizers import Tokenizer
+from megarlhf.engine.engine import NotFiniteError
 from megarlhf.evaluation import responses
 from megarlhf.evaluation.responses import answer_record, generator_of
 from megarlhf.generation.generator import Generator
@@ -36,10 +37,11 @@ def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     tokenizer = open_tokenizer(config.tokenizer, run.world)
     records = Records(tokenizer, config.limits, run.world)
     prompts = records.prompts("prompts", config.prompts)
-    inputs = inputs_of(config, records.fingerprints, prompts)
-    problems = [*records.agree(run.world), *answers_to_other_input(run, inputs)]
-    planner = ModelPlanner(run, tokenizer, config.parallel, problems=problems)
+    planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.agree(run.world))
     plan = planner.plan("model", config.model, "lm", rows=row_lengths(config)["model"])
+    weights = plan.source.saved.identity if plan is not None and plan.source is not None else None
+    inputs = inputs_of(config, records.fingerprints, prompts, weights=weights)
+    planner.violations += answers_to_other_input(run, inputs)
     planner.sample("sampling", config.sampling, plan, prompts)
     planner.check()
     run.introduce([*records.notes, *planner.notes])
@@ -93,6 +95,9 @@ def _answer(
             responses.generate(generator, batch, _bounded(config.sampling), **how)
         except KeyboardInterrupt:
             run.say(f"what is answered stays in {run.dir / PARTS_FOLDER}; the same command goes on")
+            raise
+        except NotFiniteError:
+            on_rank_0(run.world, shutil.rmtree, run.dir / PARTS_FOLDER)  # what they say is nothing
             raise
 
 

@@ -18,7 +18,7 @@ from megarlhf.batch import Experience, Prompts, Rollouts, ValueTargets
 from megarlhf.config.ppo import PpoConfig
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
-from megarlhf.data.tokenized import PromptRow, rows_fingerprint
+from megarlhf.data.tokenized import PromptRow, fields_fingerprint, rows_fingerprint
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term, ValueLoss
 from megarlhf.engine.trainable import StepResult
@@ -32,6 +32,9 @@ from megarlhf.runs.rewards import RewardFunctions, Rewards, RewardsOf
 from megarlhf.trainers.policy_generator import PolicyGenerator
 from megarlhf.trainers.ppo_metrics import group_metrics, require_same_policy, rollout_metrics, value_metrics
 from megarlhf.trainers.ppo_models import PpoModels
+
+FIELDS = "what is said besides in"
+"""Begins the names of the fingerprints of records that rewards of one's own are given."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,9 @@ def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
     batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)
     prompts = records.prompts("data.prompts", config.data.prompts, batch=batch)
     valid = records.prompts("data.prompts_valid", config.data.prompts_valid, apart_from="data.prompts")
+    if config.reward.functions:  # which are given the records
+        for key, rows in (("data.prompts", prompts), ("data.prompts_valid", valid)):
+            records.fingerprints |= {f"{FIELDS} {key}": fields_fingerprint(rows)} if rows else {}
     added = _added(prompts, run)
     if added and not config.data.prompts_may_grow:
         records.problems.append(
@@ -294,7 +300,7 @@ def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
         )
     elif added:
         records.notes.append(f"{config.data.prompts}: {added} prompts were added; a new epoch over all {len(prompts)} begins")
-    problems = [*records.agree(run.world), *run.keep(records.fingerprints, but=["data.prompts"] if added else [])]
+    problems = [*records.agree(run.world), *run.keep(records.fingerprints, but=["data.prompts", f"{FIELDS} data.prompts"] if added else [])]
     stage = ProximalPolicyOptimization(config, run, tokenizer, prompts, valid, problems=problems)
     stage.notes = [*records.notes, *stage.notes]
     return run_stage(stage, run)
@@ -305,5 +311,7 @@ def _added(prompts: Sequence[PromptRow], run: Run) -> int:
     if run.resumed is None:
         return 0
     began_with = run.resumed.state["cursors"]["order"]["num_items"]
-    same = rows_fingerprint(prompts[:began_with]) == run.resumed.state["fingerprints"]["data.prompts"]
+    before, began = run.resumed.state["fingerprints"], prompts[:began_with]
+    found = {"data.prompts": rows_fingerprint(began), f"{FIELDS} data.prompts": fields_fingerprint(began)}
+    same = all(before[key] == value for key, value in found.items() if key in before)
     return len(prompts) - began_with if same else 0

@@ -61,7 +61,6 @@ class SupervisedFineTuning(Stage):
         text_notes = self.text.notes(self.total_steps * self.text_rows) if self.text else []
         self.notes = [*records.notes, *text_notes, *planner.notes]
         refuse_long_warmup(config.schedule, self.total_steps)
-        self.best: float | None = None
         self.phases = Phases()
 
     def _judge(self, valid: Sequence[DemonstrationRow], reward: FrozenEngine | None) -> ResponseJudge:

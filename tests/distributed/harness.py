@@ -174,6 +174,7 @@ def _serve(rank: int, stack_file: Path, pipe: connection.Connection) -> None:
     os.setpgid(0, 0)  # a group of its own, with the processes that a check starts
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo's ranks are a CPU's, whatever else is there
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     import torch  # here, because it reads OMP_NUM_THREADS when it is imported
 

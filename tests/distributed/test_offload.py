@@ -1,10 +1,13 @@
 """Phase offload: what is configured has no memory while it rests, and training, saves and resumes are the same bit for bit."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.offload import distinct
+from megarlhf.parallel import side_stream
 from megarlhf.parallel.groups import World
 from megarlhf.trainers.ppo_models import PpoModels
 from tests.distributed.recipe import curves, lines_of, run_stage_of
@@ -22,6 +25,7 @@ def memory(engine):
     return found
 
 
+@mock.patch.object(side_stream, "LEAST_PIECE", 256)
 def check_engine(precision):
     """Everything that an engine does from rest, beside one that never rests."""
     world = World.connect()

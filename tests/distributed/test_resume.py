@@ -17,6 +17,7 @@ from megarlhf.config import ConfigError
 from megarlhf.parallel.groups import World
 from megarlhf.runs.agreement import RunError, on_rank_0
 from megarlhf.runs.interruption import Interrupted
+from megarlhf.storage.checkpoints import read_saved
 from tests.distributed.recipe import check_stages, curves, run_stage_of, write_lines
 
 
@@ -462,6 +463,30 @@ def check_best(folder, tmp):
 def test_a_number_that_is_not_finite_is_never_the_best(recipe, ranks1, tmp_path):
     assert ranks1.run(check_best, recipe, tmp_path)[0] is None
     assert json.loads((tmp_path / "sft" / "checkpoints" / "best.json").read_text()) == {"step": 1}
+
+
+def check_best_again(folder, tmp, losses, *overrides):
+    """What an SFT of four steps says whose evaluations give these losses."""
+    from megarlhf.trainers import sft
+
+    given = iter(losses)
+    how = ["select_by=valid_loss", "run.eval_every=1", "run.save_every=1", "run.keep_checkpoints=9", *overrides]
+    with mock.patch.object(sft, "language_model_loss_on", lambda *args: next(given)):
+        return started(folder / "sft.yaml", f"run.dir={tmp / 'sft'}", *how)[:2]
+
+
+def test_steps_that_come_again_take_their_best_checkpoint_with_them(recipe, ranks1, tmp_path):
+    """Step 3 was the best and is gone; as it comes again it is worse than step 2 was, which the run had forgotten."""
+    checkpoints = tmp_path / "sft" / "checkpoints"
+    assert ranks1.run(check_best_again, recipe, tmp_path, [3.0, 2.0, 1.0, 5.0])[0][1] is None
+    assert json.loads((checkpoints / "best.json").read_text()) == {"step": 3}
+    state = read_saved(checkpoints / "step_00000002").state
+    assert (state["best_step"], state["total_steps"]) == (2, 4)
+    for step in (3, 4):
+        shutil.rmtree(checkpoints / f"step_0000000{step}")
+    said, problem = ranks1.run(check_best_again, recipe, tmp_path, [2.5, 4.0])[0]
+    assert problem is None and "the best checkpoint was step 3, which comes again: it is step 2, as it was then" in said
+    assert (checkpoints / "step_00000003").is_dir() and json.loads((checkpoints / "best.json").read_text()) == {"step": 2}
 
 
 def check_other_data(folder, tmp):

@@ -16,12 +16,14 @@ import torch
 from megarlhf.config import ConfigError
 from megarlhf.data.collation import prompt_batch
 from megarlhf.data.order import ShuffledOrder
+from megarlhf.engine.engine import NotFiniteError
 from megarlhf.evaluation import responses
 from megarlhf.evaluation.responses import Purpose, ResponseJudge, generate
 from megarlhf.evaluation.text import language_model_loss_on
 from megarlhf.parallel.groups import World
 from megarlhf.resharding.publish import Publisher
 from megarlhf.runs.checkpoints import find_source
+from megarlhf.runs.models import ModelPlanner
 from megarlhf.trainers.sft import pretraining_shares
 from tests.distributed.recipe import ADAM, STAGES, Interrupted, check_stages, curves, lines_of, run_stage_of
 from tests.distributed.training import whole_state
@@ -267,6 +269,18 @@ def check_functions(folder, runs):
 
     more = {"ppo.iterations": "2"}
     said = {name: started(name, name) for name in ("short", "nothing", "not_a_number", "text", "fails", "absent", "count_e")}
+    records = lines_of(folder / "prompts.jsonl")
+    if World.connect().rank == 0:
+        changed = [{**record, "bonus": 1000} for record in records]
+        new = {"prompt": "more?\n"}
+        for name, lines in (("changed", changed), ("grown", [*changed, new]), ("more", [*records, new])):
+            (runs / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    World.connect().barrier()
+    grow = {"data.prompts_may_grow": "true"}
+    said["other fields"] = started("count_e", "count_e", **more, **{"data.prompts": runs / "changed.jsonl"})
+    said["other fields and more"] = started("count_e", "count_e", **more, **grow, **{"data.prompts": runs / "grown.jsonl"})
+    said["more"] = started("count_e", "count_e", **more, **grow, **{"data.prompts": runs / "more.jsonl"})
+    more = {"ppo.iterations": "3", "data.prompts": runs / "more.jsonl"}
     said["another name"] = started("count_e", "length", **more)
     said["a model"] = started("count_e", "count_e", **more, **{"reward.load": f"{folder}/runs/reward"})
     World.connect().barrier()
@@ -288,12 +302,14 @@ def test_rewards_of_ones_own_are_used_or_refused_by_name(recipe, ranks2, tmp_pat
         "fails": r"mine.py:fails: KeyError: 'bonus' \(at .*mine.py:\d+, for the response to .*prompts_valid.jsonl:1\)",
         "absent": "reward.functions\\[0\\].function: .*mine.py has no function absent; it has count_e, length, short",
         "another name": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
+        "other fields": "what is said besides in data.prompts is not what the run in .* began with: its content has changed",
+        "other fields and more": "what is said besides in data.prompts is not what the run in .* began with: its content has changed",
         "a model": "reward.load: the run in .* began without a reward model; keep it so",
         "other content": "reward.functions\\[0\\].function is not what the run in .* began with: its content has changed",
     }.items():
         assert re.search(expected, said[name]), said[name]
-    assert said["count_e"] is None
-    (line,) = curves(tmp_path / "count_e")
+    assert said["count_e"] is said["more"] is None
+    line = curves(tmp_path / "count_e")[0]
     assert line["rollout/reward_of_count_e"] >= line["rollout/reward_mean"]  # which has the penalty in it
     assert "valid/reward_mean" in line and "rollout/reward_of_model" not in line
     samples = lines_of(tmp_path / "count_e" / "samples.jsonl")
@@ -619,13 +635,23 @@ def check_answers(folder, runs):
         }.items():
             given = any(override.startswith("prompts=") for override in overrides)
             said[stage, name] = said_by(folder / f"{stage}.yaml", [*at, *overrides, *([] if given else [ids])])[1]
+        if stage == "evaluate":  # what it measures besides would stand beside answers of another evaluation
+            said[stage, "none"] = said_by(folder / f"{stage}.yaml", [*at, "prompts=null", "reference=null", "reward=null"])[1]
         (runs / stage / "inputs.json").unlink()
         said[stage, "unknown"] = said_by(folder / f"{stage}.yaml", [*at, ids])[1]
+    for name in ("sft", "base"):  # a folder of one name, whose model has been trained further by the second start
+        (runs / "newest").unlink(missing_ok=True)
+        (runs / "newest").symlink_to(folder / "runs" / name)
+        at = [f"run.dir={runs / 'moved'}", f"model.load={runs / 'newest'}", ids]
+        said["generate", f"newest is {name}"] = said_by(folder / "generate.yaml", at)[1]
     return said
 
 
 def test_answers_keep_what_their_prompts_said_and_are_not_written_over_by_others(recipe, ranks1, tmp_path):
     said = ranks1.run(check_answers, recipe, tmp_path)[0]
+    other = "responses.jsonl holds answers to other input"
+    assert said["generate", "newest is sft"] is None and f"{other} (model); choose another" in said["generate", "newest is base"]
+    assert f"{other} (prompts, fields of prompts); choose another run.dir" in said["evaluate", "none"]
     for stage in ("generate", "evaluate"):
         assert said[stage, "first"] is said[stage, "again"] is None
         changed = {"prompts": "prompts, fields of prompts", "ids": "fields of prompts", "model": "model", "sampling": "sampling"}
@@ -637,6 +663,37 @@ def test_answers_keep_what_their_prompts_said_and_are_not_written_over_by_others
         assert all(line["response"] != "given" for line in answers)
 
 
+def check_broken_models(folder, runs):
+    """What is said of models whose numbers are not finite, of each command that would compare or write down what comes of them."""
+    build, said = ModelPlanner.build_frozen, {}
+    for stage, role, how in (
+        ("generate", "model", []),
+        ("evaluate", "reward", ["prompts=null", "reference=null", f"rankings={folder}/rankings_valid.jsonl"]),
+        ("evaluate", "model", ["prompts=null", "reference=null", "reward=null", "text=null"]),
+        ("ppo", "reward", []),
+    ):
+
+        def broken(planner, plan, role=role):
+            engine = build(planner, plan)
+            if plan.role == role:
+                engine.parameters()["decoder.final_layernorm.weight"].fill_(math.inf)
+            return engine
+
+        with mock.patch.object(ModelPlanner, "build_frozen", broken):
+            with pytest.raises(NotFiniteError) as refused:
+                run_stage_of(folder / f"{stage}.yaml", [f"run.dir={runs / stage / role}", *how])
+        said[f"{stage} {role}"] = str(refused.value)
+    return said
+
+
+def test_a_model_whose_numbers_are_not_finite_answers_and_judges_nothing(recipe, ranks1, tmp_path):
+    said = ranks1.run(check_broken_models, recipe, tmp_path)[0]
+    assert "log-probabilities of what it says are not finite for 20 of 20 rows in fp32; is its checkpoint sound?" in said["generate model"]
+    assert all("a model's scores are not finite for" in said[name] for name in ("evaluate reward", "ppo reward"))
+    assert "a model's logprobs are not finite for 8 of 8 rows" in said["evaluate model"]
+    assert not (tmp_path / "generate" / "model" / "answers").exists() and not list(tmp_path.rglob("evaluation.json"))
+
+
 def check_rankings(folder, runs):
     """Rankings judged by a reward model beside a policy, and by the reward model alone, whatever responses might be sampled."""
     only = ["prompts=null", "demonstrations=null", "reference=null", "text=null", f"rankings={folder}/rankings_valid.jsonl"]
@@ -644,6 +701,8 @@ def check_rankings(folder, runs):
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'beside'}", *only])
     alone = ["reward=null", f"model.load={folder}/runs/reward", "model.micro_batch_size=5"]  # the reward model's: the same products
     run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'alone'}", *only, *alone])
+    shutil.copytree(runs / "alone", runs / "again")
+    run_stage_of(folder / "evaluate.yaml", [f"run.dir={runs / 'again'}", *only[:3], "reward=null"])
     return said_by(folder / "evaluate.yaml", [f"run.dir={runs / 'none'}", *only, "reward=null"])[1]
 
 
@@ -651,5 +710,7 @@ def test_rankings_are_judged_by_the_reward_model_that_is_given(recipe, ranks1, t
     refused = ranks1.run(check_rankings, recipe, tmp_path)[0]
     beside, alone = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("beside", "alone"))
     by_prompt = [f"valid/accuracy_by_prompt{end}" for end in ("", "_low", "_high", "_count")]
-    assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy", *by_prompt}
+    assert beside == alone and beside.keys() == {"valid/ranking_loss", "valid/accuracy", "valid/score_gap", *by_prompt}
+    assert json.loads((tmp_path / "again" / "evaluation.json").read_text()).keys() == {"valid/text_loss"}
+    assert (tmp_path / "alone" / "rankings.jsonl").exists() and not (tmp_path / "again" / "rankings.jsonl").exists()
     assert "model: load_model must name one of policy, value in" in refused

@@ -9,19 +9,23 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from megarlhf.batch import Prompts, TextBatch
+from megarlhf.batch import Experience, Prompts, TextBatch
+from megarlhf.engine.checkpoint import describe, load, own_part
 from megarlhf.engine.engine import Engine
 from megarlhf.engine.frozen import FrozenEngine
 from megarlhf.engine.offload import distinct
 from megarlhf.engine.optimizer import AdamSettings
-from megarlhf.engine.terms import LanguageModelLoss, Term
+from megarlhf.engine.terms import LanguageModelLoss, PolicyLoss, Term
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.generation.generator import Generator
+from megarlhf.generation.sampling import Sampling, sample_tokens
 from megarlhf.models import vocab_head
 from megarlhf.models.architecture import make_architecture
+from megarlhf.models.attention import PackedRows, apart_by_heads, has_varlen_kernel
 from megarlhf.models.linear import add_float32_product, float32_product
 from megarlhf.models.transformer import ModelSpec, initialize
 from megarlhf.parallel.groups import World
+from megarlhf.storage.checkpoints import finish, partial_folder, read_saved
 
 ARCHITECTURE = make_architecture(None, vocab_size=500, num_layers=4, hidden_size=128, num_heads=4, max_seq_len=128)
 
@@ -181,7 +185,7 @@ def test_what_rests_gives_its_memory_back_and_trains_on_as_if_it_had_not(world, 
     resting.offload.rest()
     torch.cuda.synchronize()
     assert before - torch.cuda.memory_allocated() >= held > 0 and not any(storage.nbytes() for storage in storages(resting))
-    buffers = [moved.host for group in resting.offload._groups.values() for moved in group.moved.values() if moved.host is not None]
+    buffers = [piece for group in resting.offload._groups.values() for moved in group.moved.values() for piece in moved.host or ()]
     assert buffers and all(buffer.is_pinned() for buffer in buffers)
     resting.offload.need(*EVERYTHING)
     assert torch.cuda.memory_allocated() >= before and groups.side_stream.take_seconds() > 0
@@ -205,3 +209,108 @@ def test_copies_wait_for_what_the_device_is_doing_and_are_waited_for(world):
         for name, weight in engine.parameters().items():
             assert torch.equal(weight.detach(), expected[name]), name
         assert all((other == round_number).all() for other in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kv_heads", "per_head", "head_size"), [(4, 1, 64), (2, 3, 128), (1, 8, 80), (2, 1, 256)])
+def test_packed_rows_attend_as_each_row_by_itself(dtype, kv_heads, per_head, head_size):
+    """By torch's varlen kernel, forward and backward, against float64."""
+    assert has_varlen_kernel(torch.device("cuda", 0), dtype, head_size), "this torch or GPU lacks the kernel: rows are padded instead"
+    lengths = (7, 130, 1, 64)
+    generator = torch.Generator().manual_seed(4)
+    mixed = torch.randn(sum(lengths), kv_heads, per_head + 2, head_size, generator=generator).to("cuda", dtype).requires_grad_()
+    found = PackedRows(lengths, mixed.device).attend([mixed])
+    exact = mixed.detach().double().requires_grad_()
+    query, key, value = apart_by_heads([exact])
+    rows = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(per_head, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * head_size**-0.5
+        scores = scores.masked_fill(torch.ones(len(q), len(q), device="cuda", dtype=torch.bool).triu(1), -torch.inf)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+    expected = torch.cat(rows)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+    ones = torch.randn(expected.shape, generator=generator).cuda()
+    found.backward(ones.to(dtype))
+    expected.backward(ones.double())
+    torch.testing.assert_close(mixed.grad.double(), exact.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_float32_is_multiplied_in_float32(world):
+    """TF32 would be wrong in the fourth digit, whatever the environment of an image says."""
+    a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
+    torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_minibatch_has_a_ratio_of_exactly_one(world, precision):
+    spec = ModelSpec(architecture=ARCHITECTURE, head="lm", precision=precision)
+    engine = filled(TrainEngine(spec, world.groups(world.layout()), micro_batch_size=3, adam=AdamSettings(), seed=1))
+    batch = texts()
+    old = engine.logprobs(batch, batch.loss_mask)
+    rows = {"tokens": batch.tokens, "lengths": batch.lengths, "response_mask": batch.loss_mask}
+    experience = Experience(**rows, old_logprobs=old, ref_logprobs=old, advantages=torch.ones_like(old))
+    result = engine.step([Term("policy", PolicyLoss(clip=0.2), experience)], learning_rate=1e-3)
+    assert result.stats["policy/ratio"] == (int(batch.loss_mask.sum()),) * 2 and result.stats["policy/approx_kl"][0] == 0.0
+
+
+def test_sampling_on_the_device_is_that_of_the_host():
+    generator = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(2000, 512, generator=generator)
+    keys = {"seed": 3, "iteration": 5, "samples": torch.arange(2000), "positions": torch.arange(2000) % 77}
+    for how in ({}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8}, {"temperature": 0.0}):
+        host = sample_tokens(logits.clone(), Sampling(**how), vocab_size=500, tp=None, **keys)
+        on_device = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in keys.items()}
+        device = sample_tokens(logits.cuda(), Sampling(**how), vocab_size=500, tp=None, **on_device)
+        same = host[0] == device[0].cpu()
+        assert same.float().mean() > 0.998, how  # another rounding of a logarithm may decide what is nearly equal
+        torch.testing.assert_close(host[1][same], device[1].cpu()[same], atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory_and_training_goes_on_from_it(world, tmp_path):
+    """The copy keeps what it was while steps follow; an engine that is filled from its file takes the same next step."""
+    spec, groups = ModelSpec(architecture=ARCHITECTURE, head="lm", precision="bf16"), world.groups(world.layout())
+    how = {"micro_batch_size": 4, "adam": AdamSettings(), "seed": 1}
+    engine, step = filled(TrainEngine(spec, groups, **how)), [Term("text", LanguageModelLoss(), texts())]
+    for _ in range(2):
+        engine.step(step, learning_rate=1e-3)
+    part = own_part({"model": engine})
+    before = {kind: {name: values.cpu().clone() for name, values in entries.items()} for kind, entries in part.tensors["model"].items()}
+    copied, described = part.on_host(), describe(engine)
+    expected = engine.step(step, learning_rate=1e-3)
+    for kind, entries in copied.tensors["model"].items():
+        assert all(values.is_pinned() and torch.equal(values, before[kind][name]) for name, values in entries.items())
+    path = tmp_path / "step_00000002"
+    partial_folder(path).mkdir()
+    finish(path, [copied.write(path, 0)], {"step": 2}, {"model": described})
+    resumed = TrainEngine(spec, groups, **how)
+    load(read_saved(path), {"model": resumed})
+    assert all(state["step"].device.type == "cuda" for state in resumed.optimizer.adam.state.values() if "step" in state)
+    found = resumed.step(step, learning_rate=1e-3)
+    assert found.losses["text"] == pytest.approx(expected.losses["text"], rel=1e-3)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_generating_leaves_nothing_allocated(world, graphs):
+    spec = ModelSpec(architecture=ARCHITECTURE, head="lm", precision="bf16")
+    engine = filled(FrozenEngine(spec, world.groups(world.layout()), micro_batch_size=8))
+    generator = Generator(engine.transformers, engine.groups, architecture=ARCHITECTURE, eos_id=7, pad_id=0)
+    prompts = Prompts(tokens=texts().tokens[:, :20], lengths=torch.full((8,), 20), ids=torch.arange(8))
+    held = []
+    for iteration in range(4):
+        generator.generate(prompts, max_new_tokens=24, seed=1, iteration=iteration, cuda_graphs=graphs)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] == held[3], held
+
+
+def test_steps_leave_nothing_allocated(world):
+    spec = ModelSpec(architecture=ARCHITECTURE, head="lm", precision="bf16")
+    engine = filled(TrainEngine(spec, world.groups(world.layout()), micro_batch_size=3, adam=AdamSettings(), seed=1))
+    held = []
+    for _ in range(5):
+        engine.step([Term("text", LanguageModelLoss(), texts())], learning_rate=1e-3)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[2] == held[3] == held[4], held

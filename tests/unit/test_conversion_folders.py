@@ -302,7 +302,7 @@ def test_a_token_before_each_text_is_said(whole, tmp_path, capsys):
     named = {"eos_token": "</s>", "bos_token": "</s>", "add_bos_token": True}
     (whole / "tokenizer_config.json").write_text(json.dumps(named))
     assert convert(["--from", str(whole), "--to", str(tmp_path / "ours")]) == 0
-    assert "transformers writes </s> before each text" in capsys.readouterr().out
+    assert "has transformers begin every text with </s>" in capsys.readouterr().out
 
 
 def test_the_first_layers_make_a_smaller_model(whole, tmp_path, capsys):

@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 import tokenizers
 
+from megarlhf.data.answers import answer_rows, read_answers
 from megarlhf.data.chat import Chat
 from megarlhf.data.collation import text_batch
 from megarlhf.data.fields import Message
@@ -14,6 +15,7 @@ from megarlhf.data.files import BadRecord
 from megarlhf.data.records import Demonstration, Prompt, Ranking, read_demonstrations, read_prompts, read_rankings
 from megarlhf.data.tokenized import demonstration_rows, prompt_rows, ranking_rows, rows_fingerprint
 from megarlhf.data.tokenizers import load_tokenizer
+from megarlhf.evaluation.responses import answer_record
 
 TEXTS = [text for _, text in sorted(topics.items())][:30]
 NAMES = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|bos|>", "<|head|>", "<|/head|>", "<|eot|>", "<|user|>", "<|assistant|>"]
@@ -435,3 +437,29 @@ def test_hostile_chats_have_the_ids_that_transformers_gives_when_told_to_guard_t
         controls = set(reference.all_special_ids) | set(reference.added_tokens_decoder)
         assert [i for i in got if i in controls] == [i for i in expected if i in controls]
         assert reference.decode(got) == reference.decode(expected)
+
+
+@pytest.mark.parametrize("name", ["chatml", "default system", "llama 3", "mistral", "names in parts"])
+def test_answers_to_chats_are_judged_as_they_were_asked(folder, tmp_path, name):
+    """What `generate` writes of a chat, as a file for win_rate: the tokens that were asked, not their text without control tokens."""
+    tokenizer = load_tokenizer(folder(*TEMPLATES[name]))
+    asked, answered, limits = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl", {"max_prompt_len": 999, "max_response_len": 99}
+    chats = [[{"role": "user", "content": f"Name {i} colours."}] for i in range(3)]
+    asked.write_text("".join(json.dumps({"messages": messages, "id": i}) + "\n" for i, messages in enumerate(chats)))
+    prompts, _ = prompt_rows(read_prompts(asked)[0], tokenizer, max_prompt_len=999)
+    sampled = [(tokenizer.encode(text), finished) for text, finished in (("Blue, red.", True), ("", True), ("Blue and", False))]
+    records = [
+        answer_record(tokenizer, row.prompt_ids, ids, finished=finished, fields=row.fields)
+        for row, (ids, finished) in zip(prompts, sampled, strict=True)
+    ]
+    answered.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows, _ = answer_rows(read_answers(answered)[0], tokenizer, **limits)
+    assert [list(row.prompt_ids) for row in rows] == [list(row.prompt_ids) for row in prompts]
+    assert [list(row.response_ids) for row in rows] == [[*ids, *[tokenizer.eos_id] * finished] for ids, finished in sampled]
+    assert [row.answer.prompt for row in rows] == [record["prompt"] for record in records]
+    without_text = [{key: value for key, value in record.items() if key != "prompt"} for record in records]
+    answered.write_text("".join(json.dumps(record) + "\n" for record in without_text))
+    assert [row.prompt_ids for row in answer_rows(read_answers(answered)[0], tokenizer, **limits)[0]] == [row.prompt_ids for row in rows]
+    answered.write_text(json.dumps(records[0] | {"messages": [*chats[0], {"role": "assistant", "content": "Blue."}]}) + "\n")
+    with pytest.raises(BadRecord, match="responses.jsonl:1: wrong last turn"):
+        read_answers(answered)

@@ -17,7 +17,7 @@ ASKED = {"context": "Sky?", "answers": ["blue", "azure"]}
 class Letters:
     """A token per letter; 0 ends."""
 
-    vocab_size, eos_id, pad_id, unk_id, fingerprint, unopened = 128, 0, 1, 2, "letters", ""
+    vocab_size, eos_id, pad_id, unk_id, fingerprint, opening = 128, 0, 1, 2, "letters", None
 
     def encode(self, text):
         return [ord(letter) for letter in text]

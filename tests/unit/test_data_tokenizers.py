@@ -209,8 +209,8 @@ def test_a_text_that_a_model_can_only_write_with_its_end_is_refused(tmp_path):
     assert load_tokenizer(tmp_path, eos_token="b").encode("b") == [0]
 
 
-@pytest.mark.parametrize("how", ["file", "configuration", "sentencepiece"])
-def test_a_token_that_transformers_writes_before_each_text_is_said(folders, tmp_path, how):
+@pytest.mark.parametrize("how", ["file", "with an end", "only an end", "configuration", "sentencepiece"])
+def test_what_transformers_begins_a_text_with_is_known_and_never_written(folders, tmp_path, how):
     """As Llama's and OPT's tokenizers do: models that were trained with it answer otherwise without."""
     if how == "sentencepiece":
         file = next((folders / "sentencepiece").glob("*.model"))
@@ -218,17 +218,18 @@ def test_a_token_that_transformers_writes_before_each_text_is_said(folders, tmp_
         bos = "<s>"
     else:
         model, bos = byte_level(300, ["<start>", "</s>"]), "<start>"
-        if how == "file":
-            model.post_processor = tokenizers.processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 0)])
+        if written := {"file": "<start> $A", "with an end": "<start> $A </s>", "only an end": "$A </s>"}.get(how):
+            specials = [(name, model.token_to_id(name)) for name in ("<start>", "</s>") if name in written]
+            model.post_processor = tokenizers.processors.TemplateProcessing(single=written, special_tokens=specials)
         model.save(str(tmp_path / "tokenizer.json"))
     said = {}
     for add in (None, False, True):
         config = {"bos_token": bos, "eos_token": "</s>"} | ({"add_bos_token": add} if add is not None else {})
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        said[add] = load_tokenizer(tmp_path).unopened
+        said[add] = load_tokenizer(tmp_path).opening
         assert load_tokenizer(tmp_path).encode("a")[0] != load_tokenizer(tmp_path).controls[bos]
-    assert f"transformers writes {bos} before each text, and plain text has none here" in said[True]
-    assert bool(said[None]) == bool(said[False]) == (how == "file")
+    in_file = bos if how in ("file", "with an end") else None
+    assert said == {True: bos, False: in_file, None: in_file}
 
 
 def test_one_text_has_one_encoding(folders, tmp_path):

@@ -88,6 +88,9 @@ def test_network():
     assert wrong.level == WRONG and wrong.text == "GLOO_SOCKET_IFNAME is eth, and this machine has lo, eth0"
     slow = judge({"NCCL_IB_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}, cuda=True)
     assert levels(slow) == [DOUBT] and "machines exchange over TCP" in slow[0].text
+    graphs = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert "NCCL_GRAPH_REGISTER is not 0" in judge(graphs, cuda=True)[0].text and not judge(graphs)
+    assert not judge(graphs | {"NCCL_GRAPH_REGISTER": "0"}, cuda=True)
     assert "OMP_NUM_THREADS" in judge({}, ranks_here=2)[0].text and not judge({"OMP_NUM_THREADS": "1"}, ranks_here=2)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from megarlhf.data.answers import Answer, AnswerRow, Label
 from megarlhf.data.task_rows import TaskRow
 from megarlhf.data.tasks import TaskRecord
 from megarlhf.data.tokenized import PromptRow, RankingRow
+from megarlhf.engine.engine import NotFiniteError
 from megarlhf.evaluation.intervals import interval_metrics, mean_interval, win_rate
 from megarlhf.evaluation.rankings import accuracy_by_group, accuracy_by_prompt, ranking_metrics, ranking_records
-from megarlhf.evaluation.responses import Judged, ResponseJudge, response_lines, response_records
+from megarlhf.evaluation.responses import Judged, Purpose, ResponseJudge, generate, response_lines, response_records
 from megarlhf.evaluation.tasks import answer_results, choice_results, contains, exact_match, f1, newline_ids, task_metrics
 from megarlhf.evaluation.text import HeldOutText, language_model_loss_on
 from megarlhf.evaluation.win_rate import answer_scores, by_prompt, comparison, sampled_answers
@@ -59,6 +61,8 @@ def rollouts():
 
 class Fixed:
     """A generator that notes how it was asked."""
+
+    precision = "fp32"
 
     def __init__(self):
         self.asked = []
@@ -261,8 +265,10 @@ def test_choices_are_scored_by_the_mean_of_their_own_tokens_and_by_the_sum():
 class Says:
     """A generator that answers a prompt by its first token."""
 
-    def __init__(self, answers):
-        self.answers, self.asked = answers, []
+    precision = "fp16"
+
+    def __init__(self, answers, logprob=0.0):
+        self.answers, self.asked, self.logprob = answers, [], logprob
 
     def generate(self, prompts, **how):
         self.asked.append((prompts.num_rows, how))
@@ -270,7 +276,7 @@ class Says:
         starts = prompts.lengths.tolist()
         rows = [[*row[:start].tolist(), *answer] for row, start, answer in zip(prompts.tokens, starts, answers, strict=True)]
         tokens, lengths = pad_rows(rows, pad_id=0)
-        nothing = torch.zeros(len(rows), tokens.shape[1] - 1)
+        nothing = torch.full((len(rows), tokens.shape[1] - 1), self.logprob)
         about = {"response_mask": nothing.bool(), "logprobs": nothing, "finished": torch.ones(len(rows)).bool()}
         return Rollouts(tokens=tokens, lengths=lengths, prompt_lengths=prompts.lengths, **about)
 
@@ -330,6 +336,21 @@ def test_an_answer_matches_no_other_one(answer, right, wrong):
     for judge in (exact_match, contains, f1):
         assert all(judge(said, [answer]) == 1 for said in right) and all(judge(said, [answer]) == 0 for said in wrong)
     assert contains(f"I think {answer} is it.", [answer]) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_said_out_of_numbers_that_are_not_finite_is_no_answer(bad):
+    """Whatever comes first would be said, and could be right: a model of bf16 that overflows in fp16 does so."""
+    with pytest.raises(NotFiniteError, match="log-probabilities of what it says are not finite for 1 of 1 rows in fp16; .* take bf16"):
+        answer_results(Says({1: "yes"}, bad), "t", [query(1, answers=("yes",), metric="exact_match")], Characters(), rows_at_once=3)
+    prompts = Prompts(tokens=torch.ones(3, 2).long(), lengths=torch.tensor([2, 2, 2]), ids=torch.arange(3))
+    says = Says({1: "yes"}, bad)
+    for purpose in get_args(Purpose):
+        if purpose == "ppo rollouts":  # whose update keeps the batch and says what is wrong with it
+            assert generate(says, prompts, SamplingConfig(), seed=1, purpose=purpose).num_rows == 3
+        else:
+            with pytest.raises(NotFiniteError, match="for 3 of 3 rows"):
+                generate(says, prompts, SamplingConfig(), seed=1, purpose=purpose)
 
 
 # Win rates

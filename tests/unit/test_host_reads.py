@@ -8,11 +8,11 @@ import torch
 from megarlhf.engine.trainable import TrainEngine
 from megarlhf.planning.dry_run import Recorder
 from megarlhf.planning.fake_world import DEVICE, fake_world
-from megarlhf.planning.meter import Meter
 from tests.distributed.training import ADAM, SPECS, terms_of
+from tests.unit.apart import ApartFromHost
 
 
-class ReadsCounted(Meter):
+class ReadsCounted(ApartFromHost):
     """Counts numbers read by the host, and tensors copied to it."""
 
     def __init__(self):

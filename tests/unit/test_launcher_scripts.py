@@ -125,7 +125,7 @@ def test_own_config_and_settings_are_kept(tmp_path):
     environment = {"CONFIG": str(config), "NNODES": "1", "GPUS_PER_NODE": "2", "NCCL_NVLS_ENABLE": "1"}
     status, shown, _ = run(ROOT / "launcher/ppo_6b.sh", "--dry-run", environment=environment)
     assert status == 0 and command_of(shown)[-2:] == ["--config", str(config)] and "--standalone" in shown
-    assert "export NCCL_NVLS_ENABLE=1\n" in shown and f"export PYTHONPATH={ROOT}" in shown
+    assert "export NCCL_NVLS_ENABLE=1\n" in shown and "export NCCL_GRAPH_REGISTER=0\n" in shown and f"export PYTHONPATH={ROOT}" in shown
 
 
 REFUSED = [

@@ -19,7 +19,7 @@ from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
 from megarlhf.models.parameters import shards_held
 from megarlhf.parallel.layout import Coordinates, ParallelLayout
-from megarlhf.planning import cheap_model, command, search
+from megarlhf.planning import cheap_model, command, search, stages
 from megarlhf.planning.dry_run import Part
 from megarlhf.planning.estimate import part_seconds, seconds_of
 from megarlhf.planning.hardware import CALL_SECONDS, GPUS, KERNEL_SECONDS, LINK_SHARE, MEMORY_SHARE, Cluster
@@ -32,6 +32,7 @@ from megarlhf.planning.reshard_command import parse_layout, traffic
 from megarlhf.planning.stages import Job, dry_run, dry_run_each
 from megarlhf.planning.work import completions_of_prompt, forward_flops, work_of
 from megarlhf.runs.checkpoints import find_source
+from tests.unit.apart import ApartFromHost
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "175b" / "ppo.yaml"
@@ -61,7 +62,7 @@ def test_a_hugging_face_folder_is_planned_by_its_config(tmp_path):
     folder, file = tmp_path / "Llama-3-8B", tmp_path / "Llama-3-8B" / "config.json"
     folder.mkdir()
     file.write_text(json.dumps(llama))
-    others = dict.fromkeys(("value", "reward"), {"preset": "gpt3-1.3b"})
+    others = dict.fromkeys(("value", "reward"), {"preset": "gpt3-6.7b"})
     models = run_models(PPO, [f"policy.load={folder}", f"reference.load={folder}"], others, 8)
     policy = models.plans["policy"].architecture
     assert (policy.num_kv_heads, policy.vocab_size, policy.num_parameters()) == (8, 128256, 8_030_261_248)
@@ -215,7 +216,8 @@ def plans_of_first_class():
     jobs = {}
     for nodes, keys, phases in ((16, (), ("generate", "update")), (8, OFFLOAD, ("score", "update")), (4, (), ("generate",))):
         jobs[nodes] = Job(run_models(PPO, keys, {}, 8 * nodes), 0, 8, phases)
-    runs = dry_run_each(list(jobs.values()))
+    with mock.patch.object(stages, "Meter", ApartFromHost):
+        runs = dry_run_each(list(jobs.values()))
     clusters = {nodes: dataclasses.replace(CLUSTER, nodes=nodes) for nodes in jobs}
     return {
         nodes: Plan(job.models, clusters[nodes], rank_classes(job.models)[:1], [run], work_of(job.models))

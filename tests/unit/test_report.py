@@ -25,7 +25,7 @@ from megarlhf.telemetry.sinks import JsonlSink
 
 pytest.importorskip("plotly")
 from megarlhf.report import page as page_module  # noqa: E402
-from megarlhf.report.figures import thinned  # noqa: E402
+from megarlhf.report.figures import cost_figures, curve_figures, thinned  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & <!-- \u2028"
@@ -419,3 +419,15 @@ def test_in_a_browser_everything_is_drawn_and_nothing_is_complained_of(tmp_path)
     assert (said["before"][at], said["smoothed"][at]) == (2, 4), "the unsmoothed curves stay, faint"
     assert said["values"] == pytest.approx([0.5] * 5), "the average of a constant is the constant from its first point"
     assert picture.stat().st_size > 50_000
+
+
+def test_waits_within_phases_are_counted_once(tmp_path):
+    """A run with offload logs what its copies made the phases wait; stacked beside them it would be in their sum twice."""
+    folder = write_run(tmp_path / "a", "ppo", steps=2, value=lambda name, step: 10.0)
+    lines = [json.loads(line) | {"time/offload_seconds": 4.0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = read_runs([folder])
+    in_all = next(drawn.as_json() for drawn in cost_figures(runs) if drawn.title == "Time by phase")
+    assert sum(sum(bars["x"]) for bars in in_all["data"]) == 2 * (10 + 10)
+    assert page_module.summary(runs)["rows"][0][4] == "0:00:40"
+    assert "time/offload_seconds" in [drawn.title for drawn in curve_figures(runs)]

@@ -6,8 +6,6 @@ import types
 import pytest
 
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig
-from megarlhf.data.fields import Message
-from megarlhf.data.records import Prompt, RecordReport
 from megarlhf.preparation.corpora import write_corpus
 from megarlhf.runs import records as run_records
 from megarlhf.runs.records import Records
@@ -18,7 +16,7 @@ LIMITS = {"max_prompt_len": 9, "max_response_len": 9}
 class Letters:
     """A token per letter of the first 128; 0 ends."""
 
-    vocab_size, eos_id, pad_id, unk_id, fingerprint, unopened = 128, 0, 1, 2, "letters", ""
+    vocab_size, eos_id, pad_id, unk_id, fingerprint, path, opening = 128, 0, 1, 2, "letters", "letters.json", None
 
     def encode(self, text):
         return [ord(letter) if ord(letter) < 128 else 2 for letter in text]
@@ -56,6 +54,21 @@ def test_a_file_smaller_than_a_batch_is_refused_with_the_way_out(tmp_path, kind)
     assert few.problems == [
         f"data.train: {path} has 3 records to draw from, fewer than the 4 of one batch; lower ppo.batch_size to 3 at most, or add records"
     ]
+
+
+@pytest.mark.parametrize("kind", [*READ, "tasks"])
+def test_plain_prompts_for_a_model_that_knows_texts_with_an_opening_are_doubted(tmp_path, kind):
+    path, opened, others = write(tmp_path / "a.jsonl", *READ.get(kind, [{"context": "a", "answers": ["b"]}])), records(), records()
+    opened.tokenizer.opening = "<s>"
+    for read in (opened, others):
+        if kind == "tasks":
+            read.tasks("tasks", [path], shots=None, seed=1)
+        else:
+            getattr(read, kind)("data.train", path)
+        read.prompts("data.prompts", write(tmp_path / "b.jsonl", {"prompt": "d"}))  # said once
+    (doubt,) = [note for note in opened.notes if "is this meant?" in note]
+    assert doubt.startswith(f"{path}: is this meant? letters.json has transformers begin every text with <s>, and plain text begins")
+    assert not any("is this meant?" in note for note in others.notes)
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -111,18 +124,6 @@ def test_what_is_skipped_is_said_line_by_line(tmp_path):
     assert [note.split(": ")[0] for note in read.notes[1:6]] == [f"  skipped {path}:{line}" for line in range(2, 7)]
     assert read.notes[6:8] == ["  and 2 more", f"{path}: kept 1 of 2 records, skipped 1 (1 response over limit)"]
     assert read.notes[8].startswith(f"  skipped {path}:9: response over limit: response has 13 tokens + EOS")
-
-
-def test_a_token_that_plain_text_lacks_is_said_once_where_there_is_plain_text(tmp_path):
-    tokenizer = Letters()
-    tokenizer.unopened = "tok: transformers writes <s> before each text"
-    plain, chats = (Records(tokenizer, LimitsConfig(**LIMITS)) for _ in range(2))
-    for number, words in enumerate(("ab", "cd")):
-        plain.prompts(f"data.{number}", write(tmp_path / f"{number}.jsonl", *({"prompt": word} for word in words)))
-    assert plain.notes[1] == tokenizer.unopened and plain.notes.count(tokenizer.unopened) == 1 and len(plain.notes) == 3
-    asked, report = [Prompt((Message("user", "a"),), "a:1")], RecordReport("a", 1, {}, ())
-    chats._rows("data.prompts", "a", lambda path, **_: (asked, report), lambda *_, **__: ([], report))
-    assert chats.notes == [str(report)]
 
 
 def test_what_the_tokenizer_loses_is_said_for_each_file(tmp_path):

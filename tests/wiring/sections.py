@@ -23,7 +23,7 @@ ARCHITECTURE = [
     ("positions", "rotary", {}),
     ("rotary_base", 100.0, ROTARY),
     ("rotary_fraction", 0.5, ROTARY),
-    ("rotary_scaling", "linear", {**ROTARY, "rotary_scaling_factor": 4.0}),
+    ("rotary_scaling", "llama3", LINEAR),
     ("rotary_scaling_factor", 16.0, LINEAR),
     ("rotary_low_frequency_factor", 0.05, LLAMA3),
     ("rotary_high_frequency_factor", 20.0, LLAMA3),
