@@ -96,8 +96,8 @@ class Plan:
         ppo = self.models.config.stage == "ppo"
         of_phase = {
             "generate": ["a smaller generation.sampling.max_batch_size"],
-            "score": ["a smaller micro_batch_size"],
-            "update": ["a smaller micro_batch_size", "recompute"],
+            "score": ["a smaller micro_batch_size (or micro_batch_tokens)"],
+            "update": ["a smaller micro_batch_size (or micro_batch_tokens)", "recompute"],
         }
         return ", ".join([*of_phase.get(self.largest_phase, ()), "larger tp or pp", "more nodes", *(["offload"] if ppo else [])])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megarlhf.config import ConfigError
@@ -25,6 +25,8 @@ class Found:
     """Those that fit, the fastest first."""
     too_large: Sequence[Estimate]
     """Those that do not, the smallest first."""
+    beside: Mapping[str, ParallelLayout]
+    """The models whose layouts are not searched, with those that the configuration gives them."""
 
 
 def candidates(model: CheapModel) -> Iterator[Choice]:
@@ -51,7 +53,8 @@ def search(model: CheapModel) -> Found:
         raise ConfigError(f"no layout of {model.cluster.num_ranks} ranks holds {model.role}")
     usable = model.cluster.usable_bytes
     fitting = sorted((e for e in estimates if e.peak_bytes <= usable), key=lambda e: e.seconds)
-    return Found(fitting, sorted((e for e in estimates if e.peak_bytes > usable), key=lambda e: e.peak_bytes))
+    too_large = sorted((e for e in estimates if e.peak_bytes > usable), key=lambda e: e.peak_bytes)
+    return Found(fitting, too_large, {role: plan.layout for role, plan in model.others.items()})
 
 
 def as_text(found: Found, cluster: Cluster, *, shown: int = 10) -> str:
@@ -64,4 +67,7 @@ def as_text(found: Found, cluster: Cluster, *, shown: int = 10) -> str:
     for estimate in found.too_large[: math.ceil(shown / 2)]:
         missing = (estimate.peak_bytes - cluster.usable_bytes) / 1e9
         lines.append(f"  {estimate.seconds:8.1f} s  {missing:6.1f} GB missing in {estimate.phase:8}  {estimate.choice}")
+    if found.beside:
+        beside = ", ".join(f"{role} {layout}" for role, layout in found.beside.items())
+        lines.append(f"not searched, as configured: {beside}; give them other layouts where they take much")
     return "\n".join(lines) + "\n"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarlhf.config import ConfigError
 from megarlhf.config.dpo import DpoConfig
 from megarlhf.config.training import RewardConfig
+from megarlhf.data.files import BadRecord, record_of, stored_records
 from megarlhf.models.architecture import Architecture
 from megarlhf.models.parameters import Head
 from megarlhf.planning.models import RunModels
 
 DEMONSTRATIONS, RANKINGS = 12_725, 33_207
 """Ouyang et al. 2022, Table 6: training prompts of the SFT and the reward model."""
+PAIR = ("chosen", "rejected")
+"""What a record compares that holds no list."""
 COMPLETIONS = 9
 """Most completions of one prompt (Ouyang et al. 2022, section 3.5: 4 to 9)."""
 FIRST_RECORDS = 100
@@ -104,14 +107,19 @@ def _dpo(models: RunModels) -> Work:
 
 
 def completions_of_prompt(config: RewardConfig | DpoConfig) -> tuple[int, tuple[str, ...]]:
-    """(completions of a prompt, as the file of rankings has most often, else as many as were ranked in the paper; what was assumed)."""
+    """(completions of a prompt, as the file of rankings has most often, else as many as were ranked in the paper; what was assumed).
+
+    ConfigError where the file is damaged.
+    """
     path = Path(config.data.train)
-    if path.is_file() and path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            records = (json.loads(line) for line in itertools.islice(file, FIRST_RECORDS) if line.strip())
-            found = Counter(len(record.get("responses", ("chosen", "rejected"))) for record in records)
-        if found:
-            return found.most_common(1)[0][0], ()
+    if path.is_file():
+        try:
+            records = [record_of(*stored) for stored in itertools.islice(stored_records(path), FIRST_RECORDS)]
+        except BadRecord as error:
+            raise ConfigError(f"data.train: {error}") from error
+        lists = [[record[name] for name in ("responses", "summaries") if isinstance(record.get(name), list)] for record in records]
+        if lists:
+            return Counter(len(found[0] if found else PAIR) for found in lists).most_common(1)[0][0], ()
     number = min(COMPLETIONS, config.model.micro_batch_size)
     return number, (f"{path} is not here: {number} completions of each prompt are assumed",)
 
@@ -143,7 +151,9 @@ def _ppo(models: RunModels) -> Work:
 
 def _records(path: Path | str, assumed: int, what: str) -> tuple[int, tuple[str, ...]]:
     path = Path(path)
-    if path.is_file() and path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            return max(1, sum(1 for line in file if line.strip())), ()
+    if path.is_file():
+        try:
+            return max(1, sum(1 for _ in stored_records(path))), ()
+        except BadRecord as error:
+            raise ConfigError(f"data: {error}") from error
     return assumed, (f"{path} is not here: the paper's {assumed:,} {what} are assumed",)

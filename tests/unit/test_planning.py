@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
 import json
 import math
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megarlhf.config import load_stage_config
+from megarlhf.config import ConfigError, load_stage_config
 from megarlhf.engine.footprint import bytes_kept, start_problems
 from megarlhf.models.architecture import make_architecture
 from megarlhf.models.parameters import shards_held
@@ -29,7 +30,7 @@ from megarlhf.planning.rank_classes import rank_classes
 from megarlhf.planning.report import as_json, as_text
 from megarlhf.planning.reshard_command import parse_layout, traffic
 from megarlhf.planning.stages import Job, dry_run, dry_run_each
-from megarlhf.planning.work import forward_flops, work_of
+from megarlhf.planning.work import completions_of_prompt, forward_flops, work_of
 from megarlhf.runs.checkpoints import find_source
 from tests.unit.apart import ApartFromHost
 
@@ -271,6 +272,19 @@ KINDS = {
 }
 
 
+def test_a_file_of_rankings_says_how_many_answers_a_prompt_has(tmp_path):
+    config, file = ROOT / "examples/quickstart/dpo.yaml", tmp_path / "rankings.jsonl.gz"
+    records = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2
+    records += [{"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]}] * 3
+    for number, expected in ((2, 2), (5, 3)):
+        file.write_bytes(gzip.compress("\n".join(map(json.dumps, records[:number])).encode()))
+        assert completions_of_prompt(load_stage_config(config, [f"data.train={file}"])) == (expected, ())
+    array = tmp_path / "rankings.jsonl"
+    array.write_text("[\n{}\n]\n")
+    with pytest.raises(ConfigError, match="data.train: .*rankings.jsonl:1: broken JSON"):
+        completions_of_prompt(load_stage_config(config, [f"data.train={array}"]))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_run_is_planned(name):
     trained = "policy" if {"generate"} <= KINDS[name] else "model"
@@ -326,8 +340,8 @@ def test_the_command_on_a_small_run(tmp_path, capsys):
     assert found["step_seconds"] > 0 and found["seconds"]["update"]["bubble"] > 0
     with mock.patch("megarlhf.planning.plan.dry_runs", functools.partial(dry_runs, processes=1)):
         assert command.main([*words, "--reserve-gb", "42.3"]) == 1
-    wanted = "GB are missing; what needs less of each GPU: a smaller micro_batch_size, recompute, larger tp or pp, more nodes; --search"
-    assert wanted in capsys.readouterr().out
+    less = "a smaller micro_batch_size (or micro_batch_tokens), recompute, larger tp or pp, more nodes"
+    assert f"GB are missing; what needs less of each GPU: {less}; --search" in capsys.readouterr().out
 
 
 def test_a_dry_run_keeps_nothing_for_the_next():
@@ -375,6 +389,7 @@ def test_a_search_finds_the_best_of_its_space(model):
     with mock.patch.object(model, "cluster", tight):
         found = search.search(model)
     assert len(found.best) == 1 and "fell out for their memory" in search.as_text(found, tight)
+    assert "not searched" not in search.as_text(found, tight)
 
 
 def require_as_estimated(model, best):
@@ -409,6 +424,7 @@ def test_a_search_for_ppo_knows_offload_and_where_generation_lies():
         found = search.search(model)
         space = list(search.candidates(model))
     assert found.best[0].seconds == min(estimate.seconds for estimate in found.best) and len(found.best) == len(set(space)) == len(space)
+    assert "\nnot searched, as configured: value tp1 pp1 dp8, reward tp1 pp1 dp8; " in search.as_text(found, nodes)
     at_rest = {e.choice: e for e in found.best if e.choice.offload}
     for e in found.best:
         if not e.choice.offload:
