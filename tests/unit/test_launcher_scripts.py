@@ -295,3 +295,13 @@ def test_every_layout_holds_its_model_on_the_nodes_that_the_file_names(path):
         layout = ParallelLayout.over(num_ranks, **dataclasses.asdict(parallel))
         names = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "ffn_size", "padded_vocab_size")
         assert layout.violations(**{name: getattr(sizes, name) for name in names}) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/llama3_8b").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_of_an_8b_hold_it_on_one_node_and_on_four(path):
+    sizes = {"num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "hidden_size": 4096, "ffn_size": 14336, "padded_vocab_size": 128256}
+    config = load_stage_config(path)
+    models = [model for role in ("model", "policy", "value", "reward", "reference") if (model := getattr(config, role, None)) is not None]
+    for parallel in [getattr(model, "parallel", None) or config.parallel for model in models]:
+        for num_ranks in (8, 32):
+            assert ParallelLayout.over(num_ranks, **dataclasses.asdict(parallel)).violations(**sizes) == []

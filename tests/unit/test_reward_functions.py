@@ -1,14 +1,17 @@
 """Rewards of one's own: what a function may give for a batch, and what is refused by its name."""
 
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megarlhf.data.functions import load_function
 from megarlhf.data.tokenized import PromptRow
 from megarlhf.runs.rewards import called
 
+ROOT = Path(__file__).parents[2]
 ROWS = [PromptRow([1, 2], f"prompts.jsonl:{n}", {"tests": ["a", "b"], "id": n}) for n in (1, 2, 3)]
 
 
@@ -46,3 +49,20 @@ def test_what_a_function_does_to_its_arguments_stays_its_own():
         return [len(record["tests"]) * len(record.pop("tests").pop()) for record in records]
 
     assert asked(greedy) == asked(greedy) == [2.0, 2.0, 2.0]
+
+
+def test_the_verifier_of_the_8b_example_takes_the_last_number():
+    is_right = load_function(str(ROOT / "examples/llama3_8b/last_number.py:is_right"))
+    texts = {"so 1,234.": "1234", "It is 7, then 8": 7, "none": "5", "x = -3": "-3", "$72.50 each": "72.5", "18 eggs, 18.": "1,8"}
+    assert is_right([""] * 6, list(texts), [{"answer": answer} for answer in texts.values()]) == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_function_that_fails_is_named_with_its_line(tmp_path):
+    file = tmp_path / "mine.py"
+    lines = ["def score(prompts, responses, records):", "    return [divided(r) for r in responses]", "", "", "def divided(r):"]
+    file.write_text("\n".join([*lines, "    return 1 / (r != 'y')\n"]))
+    with pytest.raises(ValueError, match=r"score: ZeroDivisionError: .* \(at .*mine\.py:6, for the response to prompts\.jsonl:2\)"):
+        called(load_function(f"{file}:score"), f"{file}:score", ["p"] * 3, ["x", "y", "z"], ROWS)
+    file.write_text("import os\nscore = nothing\n")
+    with pytest.raises(ValueError, match=r"cannot be loaded: NameError: .* \(at .*mine\.py:2\)"):
+        load_function(f"{file}:score")
