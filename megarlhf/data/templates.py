@@ -6,6 +6,7 @@ A template runs in Jinja's immutable sandbox: it can read the chat and write tex
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from megarlhf.storage.files import read_json
 
 CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 Render = Callable[..., str]
+FINGERPRINT = "chat template"
+"""What `template_fingerprint` is called among what a run remembers."""
 
 
 def template_beside(tokenizer: Path) -> str:
@@ -42,6 +45,11 @@ def template_beside(tokenizer: Path) -> str:
         way_out = f'put one into {TEMPLATE_FILE} beside it, or write the records as plain text ("prompt", "response")'
         raise ValueError(f"{tokenizer} comes without a chat template, and there are chats to write; {way_out}")
     return found
+
+
+def template_fingerprint(tokenizer: Path) -> str:
+    """A hash of `template_beside`."""
+    return hashlib.sha256(template_beside(tokenizer).encode()).hexdigest()
 
 
 def has_template(tokenizer: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarlhf.config.sections import AdamConfig, ModelConfig, ParallelConfig, SamplingConfig, TrainedModelConfig
+from megarlhf.data.templates import FINGERPRINT, has_template, template_fingerprint
 from megarlhf.data.tokenized import Row
 from megarlhf.data.tokenizers import Tokenizer
 from megarlhf.engine.checkpoint import load_weights, missing_from, saved_architecture
@@ -29,6 +30,9 @@ from megarlhf.runs.checkpoints import find_source, unfinished
 from megarlhf.runs.folder import Run
 from megarlhf.runs.row_lengths import RowLength
 from megarlhf.storage.checkpoints import Saved
+
+MANY_PARAMETERS = 100_000_000
+"""Of a model for which the precision decides about time and memory."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class ModelPlanner:
             self._check_source(role, config, head, source)
         plan = ModelPlan(role, config, architecture, head, layout, None if resumed else source, resumed is not None)
         self.plans.append(plan)
-        self.notes.append(str(plan))
+        self.notes.append(f"{plan}{precision_doubt(config.precision, architecture.num_parameters(head), self.world.device.type)}")
         return plan
 
     def sample(
@@ -268,7 +272,15 @@ class ModelPlanner:
         saved = on_rank_0(self.world, find_source, path)
         model = chosen_model(saved, config.load_model, role, head)
         average = config.load_average and saved.models[model]["has_ema"]
-        return Source(saved, model, average, on_rank_0(self.world, unfinished, path, saved))
+        doubt = on_rank_0(self.world, lambda: unfinished(path, saved) + self._other_template(saved))
+        return Source(saved, model, average, doubt)
+
+    def _other_template(self, saved: Saved) -> str:
+        """What is doubtful of a model that was trained on chats, where the template beside the tokenizer writes them otherwise now."""
+        theirs = saved.state.get("fingerprints", {}).get(FINGERPRINT)
+        if theirs is None or not has_template(self.tokenizer.path) or template_fingerprint(self.tokenizer.path) == theirs:
+            return ""
+        return "; is this meant? it was trained on chats that another template wrote than the one beside tokenizer.path"
 
     def _architecture(self, config: ModelConfig, source: Source | None) -> Architecture:
         if source is not None:
@@ -302,6 +314,13 @@ class ModelPlanner:
             engine.optimizer.adopt_parameters()
         if source is not None:
             load_weights(source.saved, source.model, engine, average=source.average)
+
+
+def precision_doubt(precision: str, num_parameters: int, device: str) -> str:
+    """A doubt about a large model in float32, the default, where 16 bits are what the device is made for."""
+    if precision != "fp32" or num_parameters < MANY_PARAMETERS or device != "cuda":
+        return ""
+    return "; is this meant? a GPU multiplies bf16 some ten times as fast as fp32, and its activations take half the memory"
 
 
 def chosen_model(saved: Saved, named: str | None, role: str, head: Head) -> str:

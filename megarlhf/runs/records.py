@@ -17,6 +17,7 @@ from megarlhf.data.records import RecordReport, read_demonstrations, read_prompt
 from megarlhf.data.shares import Shares
 from megarlhf.data.task_rows import TaskRow, task_fingerprint, task_rows
 from megarlhf.data.tasks import Task, read_task
+from megarlhf.data.templates import FINGERPRINT, template_fingerprint
 from megarlhf.data.tokenized import (
     DemonstrationRow,
     PromptRow,
@@ -64,7 +65,7 @@ class Records:
         self.notes: list[str] = []
         """What was read, what of it was left out and why, and what of it is doubtful: a line for each."""
         self.fingerprints: dict[str, str] = {"tokenizer": tokenizer.fingerprint}
-        """"tokenizer", and the key of each file that was read -> a hash of its content as the run sees it."""
+        """"tokenizer", "chat template" where there are chats, and the key of each file that was read -> a hash of what the run sees."""
         self._paths: dict[str, str] = {"tokenizer": "tokenizer.path"}  # tokenizer first: see `agree`
         self._prompts: dict[str, set[bytes]] = {}
         self._corpora: list[str] = []
@@ -189,6 +190,8 @@ class Records:
             self._note(fit if fit.num_skipped else None)
             self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
             self.notes += self._unopened(path, records)
+            if not isinstance(records, Task) and any(isinstance(getattr(record, "prompt", None), tuple) for record in records):
+                self._remember(FINGERPRINT, f"the files beside {self.tokenizer.path}", template_fingerprint(self.tokenizer.path))
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows

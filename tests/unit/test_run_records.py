@@ -4,8 +4,10 @@ import json
 import types
 
 import pytest
+import tokenizers
 
 from megarlhf.config.sections import HeldOutTextConfig, LimitsConfig, PretrainingDataConfig
+from megarlhf.data.tokenizers import load_tokenizer
 from megarlhf.preparation.corpora import write_corpus
 from megarlhf.runs import records as run_records
 from megarlhf.runs.records import Records
@@ -69,6 +71,23 @@ def test_plain_prompts_for_a_model_that_knows_texts_with_an_opening_are_doubted(
     (doubt,) = [note for note in opened.notes if "is this meant?" in note]
     assert doubt.startswith(f"{path}: is this meant? letters.json has transformers begin every text with <s>, and plain text begins")
     assert not any("is this meant?" in note for note in others.notes)
+
+
+def test_chats_are_remembered_with_the_template_that_writes_them(tmp_path):
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    model = tokenizers.ByteLevelBPETokenizer()
+    model.train_from_iterator(["a"], special_tokens=["</s>"], show_progress=False)
+    model.save(str(folder / "tokenizer.json"))
+    path = write(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "a"}]})
+    found = []
+    for template in ("{{ messages[0].content }}</s>", "{{ messages[0].content }}{# the same text #}</s>"):
+        (folder / "chat_template.jinja").write_text(template)
+        read = Records(load_tokenizer(folder), LimitsConfig(**LIMITS))
+        read.prompts("data.prompts", path)
+        found.append(read.fingerprints)
+    assert found[0]["data.prompts"] == found[1]["data.prompts"] and found[0]["chat template"] != found[1]["chat template"]
+    assert "chat template" not in records().fingerprints
 
 
 @pytest.mark.parametrize("kind", READ)
