@@ -215,7 +215,8 @@ def test_copies_wait_for_what_the_device_is_doing_and_are_waited_for(world):
 @pytest.mark.parametrize(("kv_heads", "per_head", "head_size"), [(4, 1, 64), (2, 3, 128), (1, 8, 80), (2, 1, 256)])
 def test_packed_rows_attend_as_each_row_by_itself(dtype, kv_heads, per_head, head_size):
     """By torch's varlen kernel, forward and backward, against float64."""
-    assert has_varlen_kernel(torch.device("cuda", 0), dtype, head_size), "this torch or GPU lacks the kernel: rows are padded instead"
+    if not has_varlen_kernel(torch.device("cuda", 0), dtype, head_size):
+        pytest.skip("this torch (before 2.12) or GPU lacks the kernel: rows are padded instead")
     lengths = (7, 130, 1, 64)
     generator = torch.Generator().manual_seed(4)
     mixed = torch.randn(sum(lengths), kv_heads, per_head + 2, head_size, generator=generator).to("cuda", dtype).requires_grad_()
