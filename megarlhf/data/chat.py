@@ -41,8 +41,8 @@ class Chat:
         self._eos_name = self._name_of[self._eos]
         self._tokens = {"eos_token": self._eos_name, **named_tokens(tokenizer.path)}
         try:
-            self._plain = compiled(source)
-            self._marked = compiled(source, marks=self._marks)
+            self._plain = compiled(source, now=tokenizer.now)
+            self._marked = compiled(source, now=tokenizer.now, marks=self._marks)
         except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:  # Jinja compiles to Python
             raise ValueError(f"the chat template of {tokenizer.path} is none: {error}; correct it, or take the model's own") from error
 

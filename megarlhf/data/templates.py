@@ -69,13 +69,13 @@ def named_tokens(tokenizer: Path) -> dict[str, str]:
     return found
 
 
-def compiled(source: str, *, marks: Mapping[str, str] | None = None) -> Render:
-    """A template ready to be rendered with ``messages``, ``add_generation_prompt`` and the named tokens.
+def compiled(source: str, *, now: datetime.datetime, marks: Mapping[str, str] | None = None) -> Render:
+    """A template ready to be rendered with ``messages``, ``add_generation_prompt`` and the named tokens; it is told that it is `now`.
 
     With `marks` it writes a mark wherever the template itself writes the name of a control token; what it compares with a
     text, searches in one or hands to a text's method stays. jinja2.TemplateError for what is no template.
     """
-    environment = _environment()
+    environment = _environment(now)
     tree = environment.parse(source)
     for node in _written(tree) if marks else ():
         field = "data" if isinstance(node, nodes.TemplateData) else "value"
@@ -112,11 +112,11 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(now: datetime.datetime) -> ImmutableSandboxedEnvironment:
     """As transformers sets it up: whitespace of blocks, loop controls, and the functions that templates count on."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    environment.globals |= {"raise_exception": _raise, "strftime_now": now.strftime}
     return environment
 
 
@@ -126,10 +126,6 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def messages_of(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ padding; the rare text that a model has no other tokens for is refused (`Unwrita
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -55,6 +56,8 @@ class Tokenizer(Protocol):
     """The file; a chat template is looked for beside it (`data/chat.py`)."""
     controls: Mapping[str, int]
     """The names and ids of the control tokens."""
+    now: datetime.datetime
+    """What a chat template is told when it asks for the date."""
     opening: str | None
     """The control token that transformers begins every text with, as the files say; nothing here does, but a chat template may."""
 
@@ -74,18 +77,23 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, eos_token: str | None = None, now: datetime.datetime | None = None) -> Tokenizer:
     """The tokenizer at `path`: a file, or a folder in which one is looked for.
 
     Files: a sentencepiece ``.model``; a Hugging Face ``tokenizer.json``; a GPT-2 ``vocab.json`` with ``merges.txt``
     beside it (or ``NAME-vocab.json`` with ``NAME-merges.txt``). A folder is searched for ``tokenizer.json``, then
     ``vocab.json``, then ``tokenizer.model`` or its only ``.model``. `eos_token` names the EOS piece where the model's
-    own answer is missing or unwanted.
+    own answer is missing or unwanted, `now` the moment for chat templates that write the date, if not the present one.
 
     Raises:
         ValueError: no tokenizer there, one that cannot be read, or one without EOS.
     """
-    file = _tokenizer_file(Path(path))
+    tokenizer = _of_file(_tokenizer_file(Path(path)), eos_token)
+    tokenizer.now = now if now is not None else datetime.datetime.now()
+    return tokenizer
+
+
+def _of_file(file: Path, eos_token: str | None) -> Tokenizer:
     if file.name.endswith("vocab.json"):
         merges = file.with_name(file.name.removesuffix("vocab.json") + "merges.txt")
         if not merges.is_file():
@@ -102,6 +110,8 @@ class SentencePieceTokenizer:
     Text comes back as it was only from a model that does not normalise it; `megarlhf tokenizer` trains such ones. Many
     others turn newlines into spaces and join runs of spaces. No model tells U+2581, its sign for a space, from a space.
     """
+
+    now: datetime.datetime
 
     def __init__(self, path: Path, *, eos_token: str | None = None):
         content = path.read_bytes()
@@ -146,6 +156,8 @@ class SentencePieceTokenizer:
 
 class HuggingFaceTokenizer:
     """A tokenizer of the `tokenizers` package: any ``tokenizer.json``, and GPT-2's byte-level BPE."""
+
+    now: datetime.datetime
 
     def __init__(self, model: tokenizers.Tokenizer, files: Sequence[Path], *, eos_token: str | None = None):
         path = files[0]

@@ -1,6 +1,6 @@
 """A run's folder: its configuration, logs and checkpoints, and how it goes on after an interruption.
 
-    run.json       the run's id and stage: what makes it this run
+    run.json       the run's id and stage, and when it began: what makes it this run
     config.yaml    the resolved configuration, for people
     environment.json  what it was last started on, for people
     metrics.jsonl, samples.jsonl, ...
@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import sys
 import time
@@ -71,6 +72,8 @@ class Run:
         self.dir = Path(config.run.dir)
         self.fingerprints: dict[str, str] = {}
         """Of the data and the tokenizer: what a resume must find again."""
+        self.began: datetime.datetime
+        """When the run first started: what a chat template that writes the date is told on every rank, and after every resume."""
         self.sources: dict[str, dict] = {}
         """Role -> where a model's weights came from, see runs/models.py."""
         self.asked = asked
@@ -92,7 +95,7 @@ class Run:
             raise
 
     def _open(self, fresh: bool) -> None:
-        self.id, found, notes = on_rank_0(self.world, self._look, fresh)
+        self.id, self.began, found, notes = on_rank_0(self.world, self._look, fresh)
         self.resumed = self._first_sound(found, notes)
         if self.resumed is not None:
             problems, self._changed = config_changes(self.resumed.state["config"], to_dict(self._whole))
@@ -233,8 +236,8 @@ class Run:
 
     # On rank 0
 
-    def _look(self, fresh: bool) -> tuple[str, list[Saved], list[str]]:
-        """(id of the run, its checkpoints from the newest back, what is to be said of the folder)."""
+    def _look(self, fresh: bool) -> tuple[str, datetime.datetime, list[Saved], list[str]]:
+        """(id of the run, when it began, its checkpoints from the newest back, what is to be said of the folder)."""
         with _naming_run_dir():
             if fresh and (problem := not_fresh(self.dir)):
                 raise ConfigError(problem)
@@ -245,13 +248,14 @@ class Run:
             raise ConfigError(f"run.dir: {self.dir} holds a run of {known.get('stage')}; choose another folder for {self.stage}")
         newest_good = self.config.resume == "newest_good"
         found, notes = own_checkpoints(self.checkpoints, run=known["id"], skip_damaged=newest_good)
-        return known["id"], found if newest_good else found[:1], notes
+        return known["id"], _beginning(known, self.dir / RUN_FILE), found if newest_good else found[:1], notes
 
     def _settle(self) -> None:
         with _naming_run_dir():
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or FolderLock(self.dir)
-            write_atomically(self.dir / RUN_FILE, f'{{"id": "{self.id}", "stage": "{self.stage}"}}\n')
+            known = {"id": self.id, "stage": self.stage, "began": self.began.isoformat()}
+            write_atomically(self.dir / RUN_FILE, json.dumps(known) + "\n")
             write_atomically(self.dir / CONFIG_FILE, dump_yaml(self._whole))
             write_atomically(self.dir / ENVIRONMENT_FILE, json.dumps(environment(self.world), indent=1) + "\n")
 
@@ -285,6 +289,14 @@ class Run:
         if found:
             raise ConfigError(f"run.resume: none of the {len(found)} checkpoints in {self.checkpoints} is whole; choose another run.dir")
         return None
+
+
+def _beginning(known: Mapping[str, str], file: Path) -> datetime.datetime:
+    """When a run began, as its `file` says. ValueError for what is no time."""
+    try:
+        return datetime.datetime.fromisoformat(known["began"]) if "began" in known else datetime.datetime.now()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: it must say when the run began, got {known['began']!r:.60}") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
@@ -40,10 +41,10 @@ Batch = tuple[str, int]
 """The key and the size of a batch that is drawn from a file."""
 
 
-def open_tokenizer(config: TokenizerConfig, world: World) -> Tokenizer:
-    """The run's tokenizer. ConfigError on every rank where any rank cannot read it."""
+def open_tokenizer(config: TokenizerConfig, world: World, *, now: datetime.datetime | None = None) -> Tokenizer:
+    """The run's tokenizer; `now` as for `load_tokenizer`. ConfigError on every rank where any rank cannot read it."""
     problems: list[str] = []
-    tokenizer = _noting(problems, load_tokenizer, config.path, eos_token=config.eos_token)
+    tokenizer = _noting(problems, load_tokenizer, config.path, eos_token=config.eos_token, now=now)
     refuse_together([f"tokenizer: {problem}" for problem in problems], world)
     return tokenizer
 

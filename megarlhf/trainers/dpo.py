@@ -35,7 +35,7 @@ class DirectPreferenceOptimization(Stage):
     def __init__(self, config: DpoConfig, run: Run) -> None:
         self.config = config
         s, data = config.dpo, config.data
-        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
         records = Records(self.tokenizer, config.limits, run.world)
         self.rankings = records.rankings("data.train", data.train, batch=("batch_size", config.batch_size))
         valid = records.rankings("data.valid", data.valid, apart_from="data.train")

@@ -72,7 +72,7 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig, run: Run) -> None:
         self.config = config
         self.run = run
-        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
         records = Records(self.tokenizer, config.limits, run.world)
         self.data = _Data.read(config, records, self.tokenizer)
         self.inputs = inputs_of(config, records.fingerprints, self.data.prompts)

@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 256
 
 def generate_responses(config: GenerateConfig, run: Run) -> dict[str, float]:
     """`megarlhf generate`: responses to each prompt, into <run.dir>/responses.jsonl; goes on after any interruption."""
-    tokenizer = open_tokenizer(config.tokenizer, run.world)
+    tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
     records = Records(tokenizer, config.limits, run.world)
     prompts = records.prompts("prompts", config.prompts)
     planner = ModelPlanner(run, tokenizer, config.parallel, problems=records.agree(run.world))

@@ -283,7 +283,7 @@ class ProximalPolicyOptimization(Stage):
 
 def ppo(config: PpoConfig, run: Run) -> dict[str, float]:
     """`megarlhf ppo`."""
-    tokenizer = open_tokenizer(config.tokenizer, run.world)
+    tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
     records = Records(tokenizer, config.limits, run.world)
     samples = config.ppo.samples_per_prompt
     batch = ("ppo.batch_size" if samples == 1 else "ppo.batch_size / ppo.samples_per_prompt", config.ppo.batch_size // samples)

@@ -21,7 +21,7 @@ class Pretraining(Stage):
 
     def __init__(self, config: PretrainConfig, run: Run) -> None:
         self.config = config
-        tokenizer = open_tokenizer(config.tokenizer, run.world)
+        tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
         records = Records(tokenizer, LimitsConfig())
         self.text = records.text("data", config.data, seed=config.run.seed)
         self.held_out = records.held_out("data", config.data)

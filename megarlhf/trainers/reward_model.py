@@ -28,7 +28,7 @@ class RewardModelTraining(Stage):
 
     def __init__(self, config: RewardConfig, run: Run) -> None:
         self.config = config
-        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
         records = Records(self.tokenizer, config.limits, run.world)
         self.rankings = records.rankings("data.train", config.data.train, batch=("batch_size", config.batch_size))
         valid = records.rankings("data.valid", config.data.valid, apart_from="data.train")

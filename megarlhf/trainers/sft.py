@@ -35,7 +35,7 @@ class SupervisedFineTuning(Stage):
     def __init__(self, config: SftConfig, run: Run) -> None:
         self.config = config
         data = config.data
-        self.tokenizer = open_tokenizer(config.tokenizer, run.world)
+        self.tokenizer = open_tokenizer(config.tokenizer, run.world, now=run.began)
         records = Records(self.tokenizer, config.limits, run.world)
         self.demonstrations = records.demonstrations("data.train", data.train, batch=("batch_size", config.batch_size))
         valid = records.demonstrations("data.valid", data.valid, apart_from="data.train")

@@ -102,6 +102,32 @@ def test_best_names_a_step_and_nothing_else(recipe, steps, ranks2, tmp_path, con
     assert all(refused is not None and said in refused for _, refused in answers)  # on every rank: nobody waits
 
 
+BY_THE_MICROSECOND = (
+    '{{ strftime_now("%f") }}{% for message in messages %}{{ message.content }}'
+    '{% if message.role == "assistant" %}{{ eos_token }}{% endif %}{% endfor %}'
+)
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_runs_beginning(recipe, steps, ranks2, tmp_path):
+    """Ranks read at different moments, and a resume on another day; a date of seconds would be another one each time."""
+    tokenizer = shutil.copy(recipe / "tokenizer.model", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(BY_THE_MICROSECOND)
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": "it is"}] for word in "abcdefghijkl"]
+    write_lines(tmp_path / "chats.jsonl", [{"messages": messages} for messages in turns])
+    files = [f"tokenizer.path={tokenizer}", f"data.train={tmp_path / 'chats.jsonl'}", f"model.load={steps / 'base'}"]
+    files += [f"run.dir={tmp_path / 'sft'}", "data.valid=null", "data.pretraining=null", "pretraining_mix=0"]
+    more = [*files, "limits.max_prompt_len=24", "limits.max_response_len=16", "run.save_every=1", "run.keep_checkpoints=9"]
+    assert [refused for _, refused in ranks2.run(check_start, recipe / "sft.yaml", *more)] == [None, None]
+    began = json.loads((tmp_path / "sft" / "run.json").read_text())
+    shutil.rmtree(tmp_path / "sft" / "checkpoints" / "step_00000002")
+    answers = ranks2.run(check_start, recipe / "sft.yaml", *more)
+    assert [refused for _, refused in answers] == [None, None] and "going on from" in answers[0][0]
+    assert json.loads((tmp_path / "sft" / "run.json").read_text()) == began
+    for other, said in (("2024-07-26T00:00:00.000001", "data.train is not what the run"), ("yesterday", "run.json is damaged")):
+        (tmp_path / "sft" / "run.json").write_text(json.dumps(began | {"began": other}))
+        assert all(said in refused for _, refused in ranks2.run(check_start, recipe / "sft.yaml", *more))
+
+
 def check_torn(yaml, file, content, *overrides):
     if World.connect().rank == 0:
         file.write_bytes(content)
