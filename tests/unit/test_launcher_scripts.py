@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megarlhf.config import COMMANDS, load_stage_config
+from megarlhf.config.loader import doubts
 from megarlhf.models.architecture import make_architecture
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -305,3 +306,13 @@ def test_the_configurations_of_an_8b_hold_it_on_one_node_and_on_four(path):
     for parallel in [getattr(model, "parallel", None) or config.parallel for model in models]:
         for num_ranks in (8, 32):
             assert ParallelLayout.over(num_ranks, **dataclasses.asdict(parallel)).violations(**sizes) == []
+
+
+MEANT = {"grpo.yaml": ["ppo.kl_coef 0 lets the policy move away"], "sft.yaml": ["model.architecture starts from random weights"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_example_is_asked_whether_it_is_meant(path):
+    """But for examples/arithmetic, which begins with nothing and goes where its verifier leads."""
+    found, meant = doubts(load_stage_config(path)), MEANT.get(path.name, []) if path.parent.name == "arithmetic" else []
+    assert len(found) == len(meant) and all(map(str.startswith, found, meant)), found
