@@ -310,7 +310,7 @@ def test_a_role_takes_its_own_model_or_asks(recipe, ranks1, tmp_path):
     own, asked, told, only = ranks1.run(check_roles, recipe, tmp_path, cases)[0]
     assert own[0].endswith("(policy, moving average)") and own[1].endswith("(value)")
     assert "reward: load_model must name one of policy, value" in asked and "none of them is named reward" in asked
-    assert isinstance(told, list) and only[1].endswith("(model)")
+    assert isinstance(told, list) and only[1].endswith("(model), with a new scalar head")
 
 
 # Signals, clocks and locks

@@ -173,7 +173,8 @@ PPO = [
     refused("reward.load=null", "load (a reward model) or functions (rewards of one's own) must be given"),
     Case("reward.weight=2.0", SCORES, may=RETURNS),
     Case("reward.normalize=true", SCORES, may=RETURNS),
-    Case(f"reward.functions={LETTERS}", "metrics/rollout/reward_of_letters metrics/rollout/reward_mean fingerprints/reward.functions[[]0].function",
+    Case(f"reward.functions={LETTERS}", "metrics/rollout/reward_of_letters metrics/rollout/reward_mean fingerprints/reward.functions[[]0].function "
+         "fingerprints/what_is_said_besides_in_data.prompts fingerprints/what_is_said_besides_in_data.prompts_valid",
          may=f"metrics/rollout/reward_of_model {SCORES} {RETURNS}"),
     Case(f"reward.functions=[{{function: '{R}/words.py:spaces'}}]", "metrics/rollout/reward_of_spaces fingerprints/reward.functions[[]0].function",
          may=f"metrics/rollout/reward_of_letters {SCORES} {RETURNS}", base=f"reward.functions={LETTERS}"),
