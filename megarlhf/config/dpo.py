@@ -80,6 +80,6 @@ class DpoConfig(StageConfig):
         """What is hardly meant."""
         found = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
         found += reference_doubts("model", self.model, self.reference)
-        found += unused_text_doubts("dpo.ptx_coef", self.dpo.ptx_coef, self.data.pretraining)
-        held_out = self.data.pretraining.valid_prefix if self.data.pretraining is not None else None
-        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__pretraining__valid_prefix=held_out)
+        found += unused_text_doubts("dpo.ptx_coef", self.dpo.ptx_coef, text := self.data.pretraining)
+        judged = {"data.valid": self.data.valid, "data.pretraining.valid_prefix": text and text.valid_prefix}
+        return found + unjudged_doubts(self.run, judged)

@@ -327,9 +327,9 @@ class PpoConfig(StageConfig):
         found = same_file_doubts(prompts=self.data.prompts, prompts_valid=self.data.prompts_valid)
         found += fresh_doubts(policy=self.policy, **({"value": self.value} if self.value else {})) + idle_doubts(self)
         found += reference_doubts("policy", self.policy, self.reference)
-        found += unused_text_doubts("ppo.ptx_coef", self.ppo.ptx_coef, self.data.pretraining)
-        held_out = self.data.pretraining.valid_prefix if self.data.pretraining is not None else None
-        found += unjudged_doubts(self.run, data__prompts_valid=self.data.prompts_valid, data__pretraining__valid_prefix=held_out)
+        found += unused_text_doubts("ppo.ptx_coef", self.ppo.ptx_coef, text := self.data.pretraining)
+        judged = {"data.prompts_valid": self.data.prompts_valid, "data.pretraining.valid_prefix": text and text.valid_prefix}
+        found += unjudged_doubts(self.run, judged)
         sampling = self.generation.sampling
         biased = [name for name in ("top_k", "top_p") if getattr(sampling, name) is not None]
         if not self.ppo.recompute_logprobs and self.generation.max_logprob_gap not in (None, 0.1):

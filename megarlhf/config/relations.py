@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from operator import attrgetter
 from pathlib import Path
@@ -84,12 +84,11 @@ def unused_text_doubts(coefficient: str, value: float, text: PretrainingDataConf
     return [f"data.pretraining is not used: {coefficient} is 0, and it names no valid_prefix"]
 
 
-def unjudged_doubts(run: RunConfig, **data: object) -> list[str]:
-    """Evaluations without anything to evaluate on; `data`: what there is of it, by its key with "__" for the dot."""
+def unjudged_doubts(run: RunConfig, data: Mapping[str, object]) -> list[str]:
+    """Evaluations without anything to evaluate on; `data`: key -> what there is of it."""
     if not run.eval_every or any(data.values()):
         return []
-    keys = [name.replace("__", ".") for name in data]
-    return [f"run.eval_every {run.eval_every} evaluates nothing: {', '.join(keys)} would be evaluated on, and none is given"]
+    return [f"run.eval_every {run.eval_every} evaluates nothing: {', '.join(data)} would be evaluated on, and none is given"]
 
 
 def reference_doubts(name: str, model: ModelConfig, reference: ModelConfig) -> list[str]:

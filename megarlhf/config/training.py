@@ -40,7 +40,7 @@ class PretrainConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = warmup_doubts("schedule.warmup_steps", self.schedule.warmup_steps, self.steps)
-        return found + unjudged_doubts(self.run, data__valid_prefix=self.data.valid_prefix)
+        return found + unjudged_doubts(self.run, {"data.valid_prefix": self.data.valid_prefix})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,8 @@ class SftConfig(StageConfig):
         """What is hardly meant."""
         found, text = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model), self.data.pretraining
         found += unused_text_doubts("pretraining_mix", self.pretraining_mix, text)
-        held_out = text.valid_prefix if text is not None else None
-        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__pretraining__valid_prefix=held_out)
+        judged = {"data.valid": self.data.valid, "data.pretraining.valid_prefix": text and text.valid_prefix}
+        return found + unjudged_doubts(self.run, judged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,4 +140,4 @@ class RewardConfig(StageConfig):
     def doubts(self) -> list[str]:
         """What is hardly meant."""
         found = same_file_doubts(train=self.data.train, valid=self.data.valid) + fresh_doubts(model=self.model)
-        return found + unjudged_doubts(self.run, data__valid=self.data.valid, data__demonstrations=self.data.demonstrations)
+        return found + unjudged_doubts(self.run, {"data.valid": self.data.valid, "data.demonstrations": self.data.demonstrations})

@@ -190,19 +190,20 @@ class Records:
             self._note(report)
             self._note(fit if fit.num_skipped else None)
             self.notes += [f"{path}: {fit.lost}"] if fit.lost else []
-            self.notes += self._unopened(path, records)
-            if not isinstance(records, Task) and any(isinstance(getattr(record, "prompt", None), tuple) for record in records):
+            kinds = {str} if isinstance(records, Task) else {type(getattr(record, "prompt", None)) for record in records}
+            if str in kinds:
+                self.notes += self._unopened(path)
+            if tuple in kinds:
                 self._remember(FINGERPRINT, f"the files beside {self.tokenizer.path}", template_fingerprint(self.tokenizer.path))
         if rows:
             self._remember(key, path, fingerprint(rows))
         return rows
 
-    def _unopened(self, path: str, records: Sequence | Task) -> list[str]:
-        """A doubt where prompts are plain text, as a task's are, and the model likely knows texts with an opening."""
+    def _unopened(self, path: str) -> list[str]:
+        """A doubt, once, about plain prompts where the model likely knows texts with an opening."""
         said = said_of_opening(self.tokenizer)
-        is_plain = isinstance(records, Task) or any(isinstance(getattr(record, "prompt", None), str) for record in records)
         is_new = said is not None and not any(note.endswith(said) for note in self.notes)
-        return [f"{path}: is this meant? {said}"] if is_new and is_plain else []
+        return [f"{path}: is this meant? {said}"] if is_new else []
 
     def _shares(self, records: Sequence | None) -> Shares:
         """How the ranks share records that all of them have read alike; where they have not, each does all. A collective of the world.
